@@ -1,0 +1,112 @@
+"""The adapted model ``y = M(x; theta, phi_u * g(x, u; psi))``: losses of many users' examples under many masks at once."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dsa_gym.backbone import Backbone
+from dsa_gym.domains import Domain, Examples
+from dsa_gym.masks import MaskSpace
+from dsa_gym.pathways import ActiveAdapters, AdapterShape
+
+
+class AdaptedModel:
+    """A frozen backbone, a domain and an adapter geometry.
+
+    Attributes:
+        backbone: theta.
+        domain: Turns examples into a loss.
+        shape: Geometry of the adapters.
+    """
+
+    def __init__(self, backbone: Backbone, domain: Domain, shape: AdapterShape) -> None:
+        """Put the three together.
+
+        Raises:
+            ValueError: If the backbone cannot serve the domain or the geometry is not the backbone's.
+        """
+        domain.check(backbone)
+        if shape.sites != backbone.sites:
+            raise ValueError("shape: its sites are not those of the backbone; build it from backbone.sites")
+        self.backbone, self.domain, self.shape = backbone, domain, shape
+
+    def losses(
+        self,
+        examples: Examples,
+        phi: Tensor | None,
+        mask: Tensor | None = None,
+        *,
+        training: bool = False,
+        parts: bool = False,
+    ) -> Tensor:
+        """Loss of each example in nats.
+
+        Args:
+            examples: Rows grouped by user, equally many for each row of ``phi``.
+            phi: Flat adapter parameters (users, P); None for the bare backbone.
+            mask: Component mask (rows, sites, rank), parameter mask (rows, P), or None for everything on.
+            training: Whether the adapters' dropout is on.
+            parts: Return the shares that even and odd scored elements have in the loss, (rows, 2); they sum to it.
+
+        Returns:
+            Losses (rows,), or (rows, 2) with ``parts``.
+        """
+        adapters = None
+        if phi is not None:
+            if mask is not None and mask.ndim == 2:
+                rows = mask.shape[0] // phi.shape[0]
+                phi, mask = (phi.repeat_interleave(rows, 0) if rows > 1 else phi) * mask, None
+            adapters = ActiveAdapters(self.shape, phi, mask, training)
+        with self.backbone.adapted(adapters) as model:
+            return self.domain.losses(model, examples, parts=parts)
+
+    @torch.inference_mode()
+    def features(self, examples: Examples, *, context: bool, batch_size: int = 256) -> Tensor:
+        """Frozen features (rows, F) of the bare backbone, see :meth:`Domain.features`."""
+        rows = len(next(iter(examples.values())))
+        pieces = []
+        with self.backbone.adapted(None) as model:
+            for start in range(0, rows, batch_size):
+                part = {name: value[start : start + batch_size] for name, value in examples.items()}
+                pieces.append(self.domain.features(model, part, context=context))
+        return torch.cat(pieces)
+
+    @torch.inference_mode()
+    def all_mask_losses(self, example: Examples, phi: Tensor, masks: Tensor, *, batch_size: int = 256) -> Tensor:
+        """Losses of one user's examples under every one of many masks.
+
+        Args:
+            example: Rows of one user.
+            phi: That user's parameters (1, P).
+            masks: Component masks (M, sites, rank).
+            batch_size: Rows per forward.
+
+        Returns:
+            Shares of even and odd scored elements, (rows, M, 2).
+        """
+        rows, count = len(next(iter(example.values()))), len(masks)
+        row = torch.arange(rows * count) // count
+        column = torch.arange(rows * count) % count
+        pieces = [
+            self.losses(
+                {name: value[row[start : start + batch_size]] for name, value in example.items()},
+                phi,
+                masks[column[start : start + batch_size]],
+                parts=True,
+            )
+            for start in range(0, rows * count, batch_size)
+        ]
+        return torch.cat(pieces).view(rows, count, 2)
+
+
+def all_gates(space: MaskSpace) -> Tensor:
+    """Every mask of a space as binary gates (2^G, G), uint8; bit i of the row number is gate i.
+
+    Raises:
+        ValueError: If there are more than 2^16.
+    """
+    if space.gates > 16:
+        raise ValueError(f"granularity={space.granularity!r}: 2^{space.gates} masks cannot be enumerated (at most 2^16)")
+    codes = torch.arange(2**space.gates)
+    return (codes[:, None] >> torch.arange(space.gates) & 1).to(torch.uint8)

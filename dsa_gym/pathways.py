@@ -1,0 +1,163 @@
+"""The adapter parameters: their geometry, the shared library phi_meta, and the forward of one site.
+
+All parameters of one adapter are one flat vector of P numbers; user adapters are the rows of a ``(users, P)`` matrix. A
+site's matrices are views into it, so that sparse changes, masks, norms and stored records all speak of the same P.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place where an adapter sits.
+
+    Attributes:
+        module: Path of the module in the backbone whose output is changed.
+        layer: Index of the transformer block.
+        kind: ``"attention"`` or ``"feed_forward"``.
+        width: Size d of the hidden states there.
+    """
+
+    module: str
+    layer: int
+    kind: str
+    width: int
+
+
+@dataclass(frozen=True)
+class AdapterShape:
+    """Geometry of the bottleneck adapters of all sites (Houlsby et al., 2019, with a ReLU).
+
+    Attributes:
+        sites: Where the adapters sit, in order of execution.
+        rank: Components r of each site.
+        pathways: Number of pathways; each owns ``rank / pathways`` neighbouring components of every site.
+        dropout: Dropout rate on the adapter's output, in training only.
+    """
+
+    sites: tuple[Site, ...]
+    rank: int = 32
+    pathways: int = 8
+    dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        """Check the geometry.
+
+        Raises:
+            ValueError: If a value is out of range; the message names it.
+        """
+        if not self.sites:
+            raise ValueError("sites=(): an adapter needs at least one site")
+        if self.pathways < 1 or self.rank < 1 or self.rank % self.pathways:
+            raise ValueError(f"rank={self.rank}: expected a positive multiple of pathways={self.pathways}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout={self.dropout}: expected a rate in [0, 1)")
+
+    @cached_property
+    def size(self) -> int:
+        """P, the number of adapter parameters of all sites: ``W_up`` of every site, then ``W_down`` of every site."""
+        return 2 * self.half
+
+    @cached_property
+    def half(self) -> int:
+        """P / 2, where the down-projections begin in the flat vector."""
+        return sum(site.width * self.rank for site in self.sites)
+
+    @cached_property
+    def offsets(self) -> tuple[int, ...]:
+        """Where each site's matrices begin within either half of the flat vector."""
+        ends = itertools.accumulate((site.width * self.rank for site in self.sites), initial=0)
+        return tuple(ends)[:-1]
+
+    @cached_property
+    def layers(self) -> tuple[int, ...]:
+        """The distinct transformer blocks that have a site, ascending."""
+        return tuple(sorted({site.layer for site in self.sites}))
+
+    def matrices(self, phi: Tensor, site: int) -> tuple[Tensor, Tensor]:
+        """Views of one site in flat parameters.
+
+        Args:
+            phi: Flat parameters (users, P).
+            site: Index of the site.
+
+        Returns:
+            ``W_up`` (users, d, r) and ``W_down`` (users, r, d).
+        """
+        begin, width = self.offsets[site], self.sites[site].width
+        end = begin + width * self.rank
+        up = phi[:, begin:end].view(-1, width, self.rank)
+        down = phi[:, self.half + begin : self.half + end].view(-1, self.rank, width)
+        return up, down
+
+    def component_of(self) -> Tensor:
+        """Index ``site * rank + component`` of every flat parameter, int64 (P,)."""
+        components = [torch.arange(self.rank) + index * self.rank for index in range(len(self.sites))]
+        pairs = list(zip(components, self.sites, strict=True))
+        up = [component.repeat(site.width) for component, site in pairs]
+        down = [component.repeat_interleave(site.width) for component, site in pairs]
+        return torch.cat(up + down)
+
+
+class PathwayLibrary(nn.Module):
+    """phi_meta: the adapter parameters that all users share.
+
+    ``W_up`` starts Gaussian with variance ``1 / d`` and ``W_down`` at zero, so a new library changes nothing.
+
+    Attributes:
+        phi: Flat parameters (P,).
+    """
+
+    def __init__(self, shape: AdapterShape, generator: torch.Generator | None = None) -> None:
+        super().__init__()
+        self.shape = shape
+        phi = torch.zeros(1, shape.size)
+        for index, site in enumerate(shape.sites):
+            up, _ = shape.matrices(phi, index)
+            up.normal_(0.0, 1.0 / math.sqrt(site.width), generator=generator)
+        self.phi = nn.Parameter(phi[0])
+
+
+@dataclass
+class ActiveAdapters:
+    """What the backbone's hooks apply during one forward.
+
+    Attributes:
+        shape: Geometry.
+        phi: Flat parameters (users, P); the rows of the batch are grouped by user, equally many each.
+        gates: Component mask (rows, sites, rank) or None for all on. Masking a component's activation is masking its
+            column of ``W_up`` and its row of ``W_down``.
+        training: Whether dropout is on.
+    """
+
+    shape: AdapterShape
+    phi: Tensor
+    gates: Tensor | None = None
+    training: bool = False
+
+    def __call__(self, hidden: Tensor, site: int) -> Tensor:
+        """Return ``h + Dropout(relu(h W_up) W_down)`` for a sublayer's output (rows, tokens, d) or (rows * tokens, d)."""
+        up, down = self.shape.matrices(self.phi, site)
+        users, rank = up.shape[0], self.shape.rank
+        if users == 1:
+            grouped = hidden
+            up, down = up[0], down[0]
+        else:
+            grouped = hidden.reshape(users, -1, hidden.shape[-1])
+        units = torch.relu(grouped @ up)
+        if self.gates is not None:
+            gate = self.gates[:, site]  # (rows, rank)
+            units = (units.reshape(gate.shape[0], -1, rank) * gate[:, None]).view_as(units)
+        change = units @ down
+        if self.training and self.shape.dropout:
+            change = nn.functional.dropout(change, self.shape.dropout)
+        return hidden + change.view_as(hidden)
+

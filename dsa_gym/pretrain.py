@@ -1,0 +1,353 @@
+"""Pre-training of the small causal language model that makes everything work offline.
+
+One command makes the shipped backbone: ``dsa-gym pretrain text --corpus FILE... --out DIR``. It trains a byte-level BPE
+tokenizer, then a GPT-2 (Radford et al., 2019) on windows of the corpus, and writes fp16 weights with a model card.
+Training state is kept in ``OUT/checkpoint`` so that a killed run continues where it was.
+"""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import io
+import json
+import lzma
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import ByteLevelBPETokenizer
+from torch import Tensor
+from tqdm import tqdm
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from dsa_gym import storage
+
+END_OF_TEXT = "<|endoftext|>"
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """What the backbone is and how it is trained.
+
+    Attributes:
+        vocabulary: Number of BPE tokens, the end-of-text token included.
+        width: Width of the hidden states, d.
+        layers: Number of transformer blocks.
+        heads: Attention heads per block.
+        window: Tokens per training sequence; also the longest input of the model.
+        batch_size: Sequences per step.
+        steps: Optimiser steps.
+        learning_rate: Peak of the one-cycle cosine schedule (AdamW).
+        weight_decay: Decoupled weight decay of the matrices.
+        held_out: Share of the corpus' paragraphs that perplexity is measured on.
+        seed: Seeds the initialisation, the order of the windows and the held-out choice.
+    """
+
+    vocabulary: int = 2048
+    width: int = 128
+    layers: int = 4
+    heads: int = 4
+    window: int = 64
+    batch_size: int = 64
+    steps: int = 4000
+    learning_rate: float = 3e-3
+    weight_decay: float = 0.05
+    held_out: float = 0.01
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the ranges.
+
+        Raises:
+            ValueError: If a value is out of range; the message names it.
+        """
+        for name in ("vocabulary", "width", "layers", "heads", "window", "batch_size", "steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: expected a positive integer")
+        if self.vocabulary < 257:
+            raise ValueError(f"vocabulary={self.vocabulary}: byte-level BPE needs 257 or more tokens")
+        if self.width % self.heads:
+            raise ValueError(f"width={self.width}: expected a multiple of heads={self.heads}")
+        if not 0 < self.held_out < 1:
+            raise ValueError(f"held_out={self.held_out}: expected a share between 0 and 1")
+
+
+def read_paragraphs(path: Path) -> Iterator[str]:
+    """Yield the paragraphs of a corpus: a blank line ends one in plain text, a row is one in JSON Lines.
+
+    Plain text (``.txt``) and JSON Lines (``.jsonl``, key ``text``), each also as .gz, .xz or .bz2.
+
+    Raises:
+        ValueError: If the file is missing, empty, not UTF-8, or a JSON line has no ``text``.
+    """
+    openers = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"corpus={str(path)!r}: no such file")
+    rows = path.with_suffix("").suffix == ".jsonl" or path.suffix == ".jsonl"
+    found = False
+    try:
+        with openers.get(path.suffix, open)(path, "rb") as raw, io.TextIOWrapper(raw, "utf-8") as lines:  # type: ignore[operator]
+            paragraph: list[str] = []
+            for number, line in enumerate(lines, 1):
+                if rows:
+                    try:
+                        paragraph = [json.loads(line)["text"].strip()]
+                    except (ValueError, KeyError, TypeError, AttributeError) as error:
+                        raise ValueError(f"{path}, line {number}: expected a JSON object with 'text'") from error
+                elif line.strip():
+                    paragraph.append(line.strip())
+                    continue
+                if paragraph and paragraph[0]:
+                    found = True
+                    yield " ".join(paragraph)
+                paragraph = []
+            if paragraph:
+                found = True
+                yield " ".join(paragraph)
+    except (UnicodeDecodeError, EOFError, OSError, lzma.LZMAError) as error:
+        raise ValueError(f"{path}: cannot be read as UTF-8 text ({error})") from error
+    if not found:
+        raise ValueError(f"{path}: the corpus is empty")
+
+
+def train_tokenizer(paragraphs: list[str], vocabulary: int) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE tokenizer whose only special token, id 0, begins and ends every text."""
+    bpe = ByteLevelBPETokenizer(add_prefix_space=False)
+    bpe.train_from_iterator(paragraphs, vocab_size=vocabulary, special_tokens=[END_OF_TEXT], show_progress=False)
+    inner = bpe._tokenizer
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT
+    )
+
+
+def encode_stream(paragraphs: list[str], tokenizer: PreTrainedTokenizerFast) -> np.ndarray:
+    """Return all paragraphs as one array of token ids (tokens,), an end-of-text token before each."""
+    pieces: list[int] = []
+    end = tokenizer.bos_token_id
+    for start in range(0, len(paragraphs), 4096):
+        for ids in tokenizer(paragraphs[start : start + 4096], verbose=False)["input_ids"]:
+            pieces.append(end)
+            pieces.extend(ids)
+    return np.asarray(pieces, dtype=np.uint16)
+
+
+def build_model(config: PretrainConfig) -> GPT2LMHeadModel:
+    """Return a GPT-2 of ``config``'s size; the tanh GELU is PyTorch's fused kernel."""
+    return GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=config.vocabulary,
+            n_positions=config.window,
+            n_embd=config.width,
+            n_layer=config.layers,
+            n_head=config.heads,
+            activation_function="gelu_pytorch_tanh",
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            bos_token_id=0,
+            eos_token_id=0,
+            use_cache=False,
+        )
+    )
+
+
+def windows(stream: np.ndarray, starts: np.ndarray, length: int) -> Tensor:
+    """Cut ``(len(starts), length + 1)`` int64 windows out of a token stream."""
+    return torch.from_numpy(stream[starts[:, None] + np.arange(length + 1)].astype(np.int64))
+
+
+def next_token_loss(model: GPT2LMHeadModel, batch: Tensor) -> Tensor:
+    """Mean next-token cross-entropy in nats of windows (batch, length + 1)."""
+    logits = model(input_ids=batch[:, :-1]).logits
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten())
+
+
+@torch.no_grad()
+def held_out_loss(model: GPT2LMHeadModel, stream: np.ndarray, length: int, batch_size: int = 64) -> float:
+    """Mean loss in nats per token over the consecutive windows of a held-out stream."""
+    starts = np.arange(0, len(stream) - length - 1, length)
+    if not len(starts):
+        raise ValueError(f"held-out text of {len(stream)} tokens is shorter than window={length}: give more text")
+    total = 0.0
+    for begin in range(0, len(starts), batch_size):
+        part = starts[begin : begin + batch_size]
+        total += float(next_token_loss(model, windows(stream, part, length))) * len(part)
+    return total / len(starts)
+
+
+def _optimizer(model: GPT2LMHeadModel, config: PretrainConfig) -> torch.optim.AdamW:
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    rest = [p for p in model.parameters() if p.ndim <= 1]
+    groups = [
+        {"params": matrices, "weight_decay": config.weight_decay},
+        {"params": rest, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.98))
+
+
+def _rate(step: int, config: PretrainConfig) -> float:
+    """Linear warm-up over the first 5 %, then a cosine to a twentieth of the peak."""
+    warm = max(1, config.steps // 20)
+    if step < warm:
+        return config.learning_rate * (step + 1) / warm
+    share = (step - warm) / max(1, config.steps - warm)
+    return config.learning_rate * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * share)))
+
+
+def _prepare_corpus(corpus: list[Path], out: Path, config: PretrainConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Tokenise the corpus once; a resumed run finds the streams in ``OUT/checkpoint``."""
+    work = out / "checkpoint"
+    key = {"config": asdict(config), "corpus": {Path(p).name: storage.sha256(Path(p)) for p in corpus}}
+    if (work / "corpus.json").exists():
+        if storage.read_json(work / "corpus.json") != key:
+            raise ValueError(f"out={str(out)!r}: holds a run with another configuration or corpus; give a new folder")
+        return storage.read_array(work / "train.npy"), storage.read_array(work / "held_out.npy")
+    paragraphs = [p for path in corpus for p in read_paragraphs(Path(path))]
+    tokenizer = train_tokenizer(paragraphs, config.vocabulary)
+    held = np.random.default_rng(config.seed).random(len(paragraphs)) < config.held_out
+    held[0] |= not held.any()
+    train = encode_stream([p for p, h in zip(paragraphs, held, strict=True) if not h], tokenizer)
+    test = encode_stream([p for p, h in zip(paragraphs, held, strict=True) if h], tokenizer)
+    if len(train) <= config.window + 1:
+        raise ValueError(f"corpus of {len(train)} tokens is shorter than window={config.window}: give more text")
+    tokenizer.save_pretrained(out)
+    storage.write_array(work / "train.npy", train)
+    storage.write_array(work / "held_out.npy", test)
+    storage.write_json(work / "corpus.json", key)
+    return train, test
+
+
+def pretrain_text(
+    corpus: list[Path], out: Path, config: PretrainConfig | None = None, *, checkpoint_every: int = 250
+) -> dict[str, float]:
+    """Pre-train the text backbone and write it to ``out`` as a Hugging Face folder.
+
+    Args:
+        corpus: Plain text or JSON Lines files, see :func:`read_paragraphs`.
+        out: Folder for weights (fp16 safetensors), tokenizer, ``README.md`` (model card) and ``pretrain.json``.
+        config: Size and schedule.
+        checkpoint_every: Optimiser steps between checkpoints.
+
+    Returns:
+        ``held_out_loss`` in nats per token and ``held_out_perplexity``.
+
+    Raises:
+        ValueError: For an unreadable corpus or an ``out`` that holds another run.
+        FloatingPointError: If the loss is not finite; the last checkpoint stays.
+    """
+    config = config or PretrainConfig()
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    train, held = _prepare_corpus(corpus, out, config)
+    torch.manual_seed(config.seed)
+    model = build_model(config)
+    optimizer = _optimizer(model, config)
+    step, seconds = 0, 0.0
+    state_file = out / "checkpoint" / "state.safetensors"
+    if state_file.exists():
+        step, seconds = _restore(state_file, model, optimizer)
+    began = time.monotonic() - seconds
+    bar = tqdm(total=config.steps, initial=step, desc="pretrain", unit="step")
+    while step < config.steps:
+        # the windows of a step depend on the step alone, so a resumed run sees what the unbroken one would
+        generator = np.random.default_rng((config.seed, step))
+        starts = generator.integers(0, len(train) - config.window - 1, config.batch_size)
+        for group in optimizer.param_groups:
+            group["lr"] = _rate(step, config)
+        loss = next_token_loss(model, windows(train, starts, config.window))
+        if not torch.isfinite(loss):
+            raise FloatingPointError(f"pre-training loss is {float(loss)} at step {step}: lower learning_rate")
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        step += 1
+        bar.update()
+        if step % 50 == 0:
+            bar.set_postfix(loss=f"{float(loss):.3f}")
+        if step % checkpoint_every == 0 and step < config.steps:
+            _checkpoint(state_file, model, optimizer, step, time.monotonic() - began)
+    bar.close()
+    return _finish(model, out, held, config, time.monotonic() - began, len(train))
+
+
+def _checkpoint(
+    path: Path, model: GPT2LMHeadModel, optimizer: torch.optim.Optimizer, step: int, seconds: float
+) -> None:
+    tensors = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
+    for index, state in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{index}.{key}": value for key, value in state.items()}
+    tensors["step"] = torch.tensor(step)
+    tensors["seconds"] = torch.tensor(seconds)
+    storage.write_tensors(path, tensors)
+
+
+def _restore(path: Path, model: GPT2LMHeadModel, optimizer: torch.optim.Optimizer) -> tuple[int, float]:
+    tensors = storage.read_tensors(path)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(tensors[f"model.{name}"])
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        if name.startswith("optimizer."):
+            _, index, key = name.split(".")
+            state.setdefault(int(index), {})[key] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    return int(tensors["step"]), float(tensors["seconds"])
+
+
+def _finish(
+    model: GPT2LMHeadModel, out: Path, held: np.ndarray, config: PretrainConfig, seconds: float, tokens: int
+) -> dict[str, float]:
+    """Write fp16 weights, measure them (not the fp32 ones) on the held-out text and write the card."""
+    model = model.eval().half().float()
+    loss = held_out_loss(model, held, config.window)
+    model.half().save_pretrained(out)
+    result = {"held_out_loss": loss, "held_out_perplexity": math.exp(loss)}
+    parameters = sum(p.numel() for p in model.parameters())
+    corpus = storage.read_json(out / "checkpoint" / "corpus.json")["corpus"]
+    storage.write_json(
+        out / "pretrain.json",
+        {
+            **result,
+            "config": asdict(config),
+            "corpus": corpus,
+            "parameters": parameters,
+            "seconds": round(seconds, 1),
+            "tokens": tokens,
+            "held_out_tokens": len(held),
+            "versions": storage.versions(),
+        },
+    )
+    card = _MODEL_CARD.format(
+        **asdict(config), **result, parameters=parameters, tokens=tokens, corpus=", ".join(corpus), seconds=seconds
+    )
+    with storage.atomic_path(out / "README.md") as temporary:
+        temporary.write_text(card, encoding="utf-8")
+    return result
+
+
+_MODEL_CARD = """---
+library_name: transformers
+license: apache-2.0
+language: en
+pipeline_tag: text-generation
+---
+# dsa-gym text backbone
+
+A GPT-2 of {parameters:,} parameters ({layers} layers, width {width}, {heads} heads, byte-level BPE of {vocabulary}
+tokens, {window} positions), the frozen model under `DSA-Text-v0`. It is small on purpose: personalisation research that
+runs on two cores. It writes English that looks like its corpus and knows nothing; do not deploy it.
+
+- Trained on {tokens:,} tokens of {corpus}: {steps} steps of {batch_size} x {window} tokens, AdamW, peak learning rate
+  {learning_rate}, seed {seed}, {seconds:.0f} seconds.
+- Held-out text ({held_out:.0%} of the paragraphs): {held_out_loss:.3f} nats per token, perplexity
+  {held_out_perplexity:.1f}, measured with the fp16 weights as shipped.
+- Re-made by `dsa-gym pretrain text`; `pretrain.json` has the configuration, the checksums and the versions.
+"""

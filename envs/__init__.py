@@ -1,0 +1,1 @@
+"""Gymnasium environments over the gated system (imported as `dsa_gym.envs`)."""

@@ -1,0 +1,1 @@
+"""Command line, training, comparison and reports (imported as `dsa_gym.experiments`)."""
