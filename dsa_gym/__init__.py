@@ -1,10 +1,12 @@
-"""Gymnasium environments and agents for gating Dynamic Sparse Adapters."""
+"""dsa-gym: reinforcement-learning environments and agents for gating Dynamic Sparse Adapters.
 
-from importlib.metadata import PackageNotFoundError, version
+Importing the package registers its environments with Gymnasium; nothing heavier is loaded.
+"""
 
-try:
-    __version__ = version("dsa-gym")
-except PackageNotFoundError:  # imported from a checkout that was never installed
-    __version__ = "0.0.0"
+from importlib.metadata import version
 
-__all__ = ["__version__"]
+from dsa_gym.envs import register
+
+__version__ = version("dsa-gym")
+
+register()

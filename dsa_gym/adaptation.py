@@ -26,7 +26,8 @@ class AdaptationConfig:
         method: ``dense``: no constraint. ``topk``: dense, keep the k largest changes, re-train them. ``iht``: iterative hard
             thresholding (Blumensath and Davies, 2009), projecting after every step. ``magnitude``, ``fisher``, ``snip``,
             ``random``: the support of delta is chosen first, by ``|phi_meta|``, by the mean squared gradient (diagonal
-            Fisher; Sung et al., 2021), by ``|phi_meta * gradient|`` (Lee et al., 2019) or at random, then trained.
+            Fisher; Sung et al., 2021), by ``|phi_meta * gradient|`` (Lee et al., 2019) or at random (one draw for all
+            users), then trained.
         share: k as a share of the P parameters.
         steps: Adam steps; ``topk`` takes as many again after the selection.
         learning_rate: Adam's step size.
@@ -138,7 +139,8 @@ def _scores(
     if config.method == "magnitude":
         return phi_meta.detach().abs().expand(users, -1)
     if config.method == "random":
-        return torch.rand(users, phi_meta.numel(), generator=generator)
+        # one draw for all, or a user's support would depend on who else is in the batch
+        return torch.rand(phi_meta.numel(), generator=generator).to(phi_meta.device).expand(users, -1)
     zero = torch.zeros(users, phi_meta.numel(), device=phi_meta.device)
     gradients = [_gradient(phi_meta, zero, loss, generator) for _ in range(config.score_batches)]
     if config.method == "fisher":

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
@@ -87,16 +88,24 @@ class Backbone:
             dtype: Floating-point type of the weights.
 
         Raises:
-            ValueError: If the source cannot be loaded, its weights are not finite, or sites are not found.
+            ValueError: If the source cannot be loaded, its weights are incomplete or not finite, or sites are not
+                found.
         """
         path = resolve_source(source)
         try:
-            model = _auto_class(path).from_pretrained(path, dtype=dtype)
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            model, loading = _auto_class(path).from_pretrained(path, dtype=dtype, output_loading_info=True)
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
             raise ValueError(
                 f"backbone={str(source)!r}: weights cannot be loaded ({_first_line(error)}); expected "
                 "'dsa-text', a folder with config.json and model.safetensors, or a Hub id"
             ) from error
+        # from_pretrained fills what a checkpoint lacks with random numbers; a pooler is on no path that is used here
+        absent = sorted(str(name) for name in loading["missing_keys"] if "pooler." not in str(name))
+        if absent:
+            raise ValueError(
+                f"backbone={str(source)!r}: {len(absent)} tensors of {type(model).__name__} are missing in the weights, "
+                f"first {absent[0]!r}; expected a complete checkpoint"
+            )
         broken = [name for name, p in model.named_parameters() if not torch.isfinite(p).all()]
         if broken:
             raise ValueError(f"backbone={str(source)!r}: weights are not finite, first in {broken[0]!r}")

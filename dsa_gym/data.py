@@ -1,7 +1,7 @@
 """Users' texts from files: JSON Lines, CSV, TSV or Parquet, plain or compressed.
 
-A row is one text of one user. Files are streamed, so what is held in
-memory are the texts and never a whole file, and whatever is wrong with one is a `DataError` that names the file and the line.
+A row is one text of one user. Files are streamed: what is held in memory are the texts, never a whole
+file. Whatever is wrong with a file is a `DataError` that names it and the line.
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, timedelta
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
-__all__ = ["DataError", "UserTexts", "read_texts", "split_users"]
+__all__ = ["DataError", "UserTexts", "read_lines", "read_texts", "split_users"]
 
 logger = logging.getLogger(__name__)
 
@@ -145,8 +146,8 @@ def split_users(users: Sequence[str], *, validation: float, test: float, seed: i
         if not 0 <= share < 1:
             raise DataError(f"{name} must be a share in [0, 1), got {share}")
     if len(set(users)) < len(users):
-        repeated = sorted(user for user in set(users) if users.count(user) > 1)
-        raise DataError(f"users must be distinct, {repeated[0]!r} is repeated")
+        repeated = next(user for user, other in pairwise(sorted(users)) if user == other)
+        raise DataError(f"users must be distinct, {repeated!r} is repeated")
     counts = {
         name: max(1, round(share * len(users))) if share else 0
         for name, share in (("test", test), ("validation", validation))
@@ -160,8 +161,12 @@ def split_users(users: Sequence[str], *, validation: float, test: float, seed: i
     # Hashes, not a shuffle: they need no promise of a generator to stay the same, and one user more or less
     # leaves most others where they were.
     drawn = sorted(users, key=lambda user: (_draw(user, seed), user))
-    cuts = {"train": drawn[len(drawn) - train :], "validation": drawn[counts["test"] : len(drawn) - train]}
-    return {name: sorted(part) for name, part in (cuts | {"test": drawn[: counts["test"]]}).items()}
+    first, second = counts["test"], counts["test"] + counts["validation"]
+    return {
+        "train": sorted(drawn[second:]),
+        "validation": sorted(drawn[first:second]),
+        "test": sorted(drawn[:first]),
+    }
 
 
 def _draw(user: str, seed: int) -> bytes:
@@ -288,13 +293,21 @@ def _nanoseconds(value: date) -> int:
 def _format(path: Path) -> tuple[str, str]:
     """Format and compression of a file by its name, for example `(".csv", ".gz")`."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
-    compression = suffixes.pop() if suffixes and suffixes[-1] in _COMPRESSIONS else ""
+    compression = _compression(path)
+    if compression:
+        suffixes.pop()
     if not suffixes or suffixes[-1] not in _FORMATS:
         raise DataError(
             f"{path} has an unknown suffix: use {', '.join(_FORMATS)}, alone or followed by "
             f"{', '.join(_COMPRESSIONS)}"
         )
     return suffixes[-1], compression
+
+
+def _compression(path: Path) -> str:
+    """Compression of a file by its name, "" for none."""
+    suffix = path.suffix.lower()
+    return suffix if suffix in _COMPRESSIONS else ""
 
 
 def _rows(path: Path, columns: _Columns) -> Iterator[_Row]:
@@ -315,7 +328,7 @@ def _json_rows(path: Path, columns: _Columns) -> Iterator[_Row]:
     """Rows of a JSON Lines file; blank lines are no rows."""
     order = None
     needed: tuple[str, ...] = ()
-    for number, line in _lines(path):
+    for number, line in read_lines(path):
         if not line.strip():
             continue
         where = f"{path}, line {number}"
@@ -332,7 +345,8 @@ def _json_rows(path: Path, columns: _Columns) -> Iterator[_Row]:
 def _parse_object(line: str, where: str) -> dict[str, Any]:
     """One line of JSON."""
     try:
-        record = json.loads(line)
+        # Without its end, or an error at the end of the line would be on the next one.
+        record = json.loads(line.rstrip())
     except json.JSONDecodeError as error:
         raise DataError(f"{where}: not JSON at column {error.colno}: {error.msg}") from error
     except (ValueError, RecursionError) as error:
@@ -348,7 +362,7 @@ def _table_rows(path: Path, columns: _Columns, delimiter: str) -> Iterator[_Row]
     The csv module and not pandas: its line numbers are those of the file even when quoted fields span
     lines, and it does not turn names into numbers or `NA` into nothing, or take a row that is too short.
     """
-    reader = csv.reader((line for _, line in _lines(path)), delimiter=delimiter, strict=True)
+    reader = csv.reader((line for _, line in read_lines(path)), delimiter=delimiter, strict=True)
     header: list[str] | None = None
     for row in _table_records(path, reader):
         if not row:
@@ -415,8 +429,14 @@ def _seekable(stream: BinaryIO) -> Iterator[BinaryIO]:
         yield cast(BinaryIO, copy)
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Numbered lines of a text file with their line ends, decoded one by one so that errors have a line."""
+def read_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield the lines of a UTF-8 file, plain or compressed, as (number from 1, line with its line end).
+
+    Lines are decoded one by one, so that errors have a line.
+
+    Raises:
+        DataError: the file is missing, damaged or not UTF-8, or a line is endless.
+    """
     with _binary(path) as stream:
         number = 0
         while line := stream.readline(_LONGEST_LINE + 1):
@@ -448,7 +468,7 @@ def _binary(path: Path) -> Iterator[BinaryIO]:
 
 def _opened(path: Path) -> BinaryIO:
     """Open a file by its compression."""
-    compression = _format(path)[1]
+    compression = _compression(path)
     if compression == ".gz":
         return cast(BinaryIO, gzip.open(path, "rb"))
     if compression == ".bz2":

@@ -50,10 +50,16 @@ class GateConfig:
             raise ValueError(f"relaxation={self.relaxation!r}: expected one of {', '.join(RELAXATIONS)}")
         if self.active < 1:
             raise ValueError(f"active={self.active}: expected at least one pathway on")
-        if min(self.temperature, self.final_temperature) <= 0:
-            raise ValueError(
-                f"temperature={self.temperature}, final_temperature={self.final_temperature}: expected positive numbers"
-            )
+        if self.hidden < 1:
+            raise ValueError(f"hidden={self.hidden}: expected a positive width")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout={self.dropout}: expected a rate in [0, 1)")
+        for name in ("temperature", "final_temperature"):
+            if not 0 < getattr(self, name) < float("inf"):  # False for NaN too
+                raise ValueError(f"{name}={getattr(self, name)}: expected a positive number")
+        for name in ("noise", "balance"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"{name}={getattr(self, name)}: expected a number of at least 0")
 
     def temperature_at(self, progress: float) -> float:
         """Temperature after a share ``progress`` in [0, 1] of the training."""
@@ -112,11 +118,11 @@ class GatingNetwork(nn.Module):
             logistic = torch.log(uniform) - torch.log1p(-uniform)
             noisy = logits + self.config.noise * logistic
             soft = torch.sigmoid(noisy / temperature)
-            return (noisy > 0).to(soft.dtype) + soft - soft.detach()
+            return (noisy > 0).to(soft.dtype) + (soft - soft.detach())  # in this order exactly binary
         noisy = (logits - self.config.noise * torch.log(-torch.log(uniform))).view(-1, self.group)
         soft = self.config.active * torch.softmax(noisy / temperature, dim=-1)
         hard = _hard_topk(noisy, self.config.active)
-        return (hard + soft - soft.detach()).view_as(logits)
+        return (hard + (soft - soft.detach())).view_as(logits)
 
     def load_balance(self, logits: Tensor, gates: Tensor) -> Tensor:
         """Load-balance loss, scalar: 1 when all pathways are used alike, up to their number when one is.

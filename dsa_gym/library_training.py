@@ -241,8 +241,7 @@ class LibraryTraining:
         tensors = {f"now.{name}": value for name, value in self._state().items()}
         assert self.best is not None
         tensors |= {f"best.{name}": value for name, value in self.best[1].items()}
-        for index, state in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{index}.{key}": value for key, value in state.items()}
+        tensors |= storage.optimizer_tensors(self.optimizer)
         record: dict[str, Any] = {"step": self.step, "best": self.best[0], "history": self.history}
         storage.write_tensors(path, tensors, {"record": json.dumps(record), "config": self._fingerprint()})
 
@@ -257,9 +256,4 @@ class LibraryTraining:
         self.step, self.history = record["step"], record["history"]
         self._load_state({k[4:]: v for k, v in tensors.items() if k.startswith("now.")})
         self.best = (record["best"], {k[5:]: v for k, v in tensors.items() if k.startswith("best.")})
-        state: dict[int, dict[str, Tensor]] = {}
-        for name, value in tensors.items():
-            if name.startswith("optimizer."):
-                _, index, key = name.split(".")
-                state.setdefault(int(index), {})[key] = value
-        self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
+        storage.load_optimizer_tensors(self.optimizer, tensors)

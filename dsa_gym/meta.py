@@ -1,8 +1,8 @@
 """Gradient-based meta-learning for many tasks at once: MAML, FOMAML, ANIL, Reptile and Meta-SGD.
 
 One batch holds many tasks (here: users). Every task has its own copy of the parameters along a leading task
-dimension, so the inner loops of all tasks run in one graph: the gradient of the *sum* of the task losses with respect
-to the copies is every task's own gradient. Nothing here knows what the parameters mean; ``loss_fn`` does.
+dimension, so the inner loops of all tasks run in one graph: the gradient of the *sum* of the task losses with
+respect to the copies is each task's own gradient. What the parameters mean is up to the caller's ``loss_fn``.
 
 With phi the meta-parameters, S_t and Q_t the support and query loss of task t, alpha the inner learning rate:
 
@@ -30,7 +30,7 @@ Algorithm = Literal["maml", "fomaml", "anil", "reptile", "meta-sgd"]
 Batch = Any
 Params = dict[str, Tensor]
 LossFn = Callable[[Params, Batch], Tensor]
-"""``loss_fn(params, batch) -> losses``: each of ``params`` is (tasks, *shape), the per-task mean losses (tasks,)."""
+"""``loss_fn(params, batch) -> losses``: each parameter is (tasks, *shape), the mean losses are (tasks,)."""
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,9 @@ class MetaConfig:
         algorithm: One of the table in the module's docstring.
         inner_steps: Gradient steps on the support set, K. With 0 every algorithm is plain joint training: the
             gradient of the query loss at phi, and the support set is not looked at.
-        inner_lr: Step size of the inner loop, alpha. For Meta-SGD the value at which all learning rates start.
-        adapted: Names of the parameters that the inner loop moves; None means all. The others are shared by the
-            tasks and trained by the query loss only. ANIL needs a strict subset.
+        inner_lr: Step size of the inner loop, alpha. Where Meta-SGD's learning rates start.
+        adapted: Names of the parameters that the inner loop moves; None means all. The others are shared by
+            the tasks and trained by the query loss only. ANIL needs a strict subset.
 
     Raises:
         ValueError: If a value cannot be used.
@@ -92,20 +92,21 @@ class MetaStep:
 class MetaLearner(nn.Module):
     """Owns meta-parameters, adapts copies of them to tasks, and computes their meta-gradient.
 
-    The caller owns the optimiser: ``torch.optim.Adam(learner.parameters())``, with further leaves (a gate, say)
-    added if they are trained beside it. Meta-SGD's learning rates are among ``learner.parameters()``.
+    The caller owns the optimiser: ``torch.optim.Adam(learner.parameters())``, with further leaves (a gate,
+    say) added if they are trained beside it. Meta-SGD's learning rates are among ``learner.parameters()``.
 
-    Everything that needs a gradient should be computed *inside* ``loss_fn``. It must not change its parameters in
-    place, and the loss of a task must depend on that task's copy only. Second-order algorithms differentiate it
-    twice, which PyTorch's fused attention kernels do not support ("derivative for
-    aten::_scaled_dot_product_flash_attention_for_cpu_backward is not implemented"): run a transformer with eager
-    attention or under ``torch.nn.attention.sdpa_kernel(SDPBackend.MATH)``. FOMAML and Reptile have no such limit.
+    Everything that needs a gradient should be computed *inside* ``loss_fn``. It must not change its
+    parameters in place, and the loss of a task must depend on that task's copy only. Second-order algorithms
+    differentiate it twice, which PyTorch's fused attention kernels do not support ("derivative for
+    aten::_scaled_dot_product_flash_attention_for_cpu_backward is not implemented"): run a transformer with
+    eager attention or under ``torch.nn.attention.sdpa_kernel(SDPBackend.MATH)``. FOMAML and Reptile have no
+    such limit.
 
     ``state_dict`` holds ``phi.<name>`` and, for Meta-SGD, ``alpha.<name>``, with "/" for every "." of a name.
 
     Args:
-        params: Initial values by name. An ``nn.Parameter`` is adopted, so whoever shares it sees the training; a
-            plain tensor is copied.
+        params: Initial values by name. An ``nn.Parameter`` is adopted, so whoever shares it sees the
+            training; a plain tensor is copied.
         config: The algorithm and its inner loop.
 
     Attributes:
@@ -148,7 +149,7 @@ class MetaLearner(nn.Module):
         return {name: self.alpha[_key(name)] for name in self.adapted} if len(self.alpha) else {}
 
     def expand(self, tasks: int) -> Params:
-        """Returns every task's weights before adaptation: views of phi, (tasks, *shape), that carry gradients."""
+        """Returns views of phi, (tasks, *shape): every task's weights before adaptation, with gradients."""
         _check_count("tasks", tasks, least=1)
         return {name: phi.expand(tasks, *phi.shape) for name, phi in self.meta_parameters.items()}
 
@@ -169,9 +170,9 @@ class MetaLearner(nn.Module):
             support: Handed to ``loss_fn`` unchanged at every step.
             tasks: Number of tasks in ``support``.
             steps: Inner steps; None means ``config.inner_steps``. May exceed what was trained for.
-            create_graph: If False, the fast weights are detached copies that belong to the caller. If True, they
-                are connected to the meta-parameters the way the algorithm differentiates: through the inner
-                gradients (MAML, ANIL, Meta-SGD) or as if those were constants (FOMAML, Reptile).
+            create_graph: If False, the fast weights are detached copies that belong to the caller. If True,
+                they are connected to the meta-parameters the way the algorithm differentiates: through the
+                inner gradients (MAML, ANIL, Meta-SGD) or as if those were constants (FOMAML, Reptile).
 
         Returns:
             Fast weights by name, each (tasks, *shape), all names, also those that are not adapted.
@@ -190,16 +191,16 @@ class MetaLearner(nn.Module):
     ) -> MetaStep:
         """Adapts on support, takes the query loss, and adds the meta-gradient to ``.grad``.
 
-        Gradients are means over the tasks and are *added*, as ``backward`` does: call ``optimizer.zero_grad()``
-        between updates, or not, to accumulate over several batches of tasks. Every meta-parameter (and Meta-SGD
-        learning rate) has a ``.grad`` afterwards, zero where the loss does not use it. Any other leaf that
-        ``loss_fn`` uses gets the gradient of the mean query loss, for second-order algorithms including its path
-        through the inner loop.
+        Gradients are means over the tasks and are *added*, as ``backward`` does: call
+        ``optimizer.zero_grad()`` between updates, or not, to accumulate over several batches of tasks. Every
+        meta-parameter (and Meta-SGD learning rate) has a ``.grad`` afterwards, zero where the loss does not
+        use it. Any other leaf that ``loss_fn`` uses gets the gradient of the mean query loss, for
+        second-order algorithms including its path through the inner loop.
 
-        Reptile puts ``phi - mean_t(phi_t^K)`` into ``.grad`` of the adapted meta-parameters, so SGD with learning
-        rate eps is the paper's ``phi += eps * (mean_t(phi_t^K) - phi)``. That is about ``inner_lr * inner_steps``
-        times the size of a gradient. The query set serves only ``query_loss`` and the leaves that are not adapted,
-        which get the query gradient at the adapted weights.
+        Reptile puts ``phi - mean_t(phi_t^K)`` into ``.grad`` of the adapted meta-parameters, so SGD with
+        learning rate eps is the paper's ``phi += eps * (mean_t(phi_t^K) - phi)``. That is about
+        ``inner_lr * inner_steps`` times the size of a gradient. The query set serves only ``query_loss`` and
+        the leaves that are not adapted, which get the query gradient at the adapted weights.
 
         Args:
             loss_fn: Per-task mean losses, see ``LossFn``.
@@ -242,7 +243,7 @@ class MetaLearner(nn.Module):
     def _inner_loop(
         self, loss_fn: LossFn, support: Batch, tasks: int, steps: int, create_graph: bool
     ) -> tuple[Params, Tensor | None]:
-        """Returns the fast weights and the support losses at phi, (tasks,), the latter None without a step."""
+        """Returns the fast weights and, if a step was taken, the support losses at phi, (tasks,)."""
         second_order = create_graph and self.config.algorithm in ("maml", "anil", "meta-sgd")
         rates = self.learning_rates
         before = None
@@ -264,7 +265,7 @@ class MetaLearner(nn.Module):
         return fast, before
 
     def _task_gradients(self, losses: Tensor, fast: Params, second_order: bool) -> Params:
-        """Returns every task's own gradient, (tasks, *shape), of the adapted parameters that the losses use."""
+        """Returns each task's own gradient, (tasks, *shape), for the adapted parameters in use."""
         gradients: tuple[Tensor | None, ...] = (None,)
         if losses.requires_grad:
             # A task's loss depends on its own copy only, so the gradient of the sum is each task's gradient.
@@ -292,11 +293,9 @@ def _losses(loss_fn: LossFn, params: Params, batch: Batch, tasks: int, what: str
     """Calls ``loss_fn`` and checks shape and finiteness of the (tasks,) losses."""
     losses = loss_fn(dict(params), batch)
     if not isinstance(losses, Tensor) or losses.shape != (tasks,) or not losses.is_floating_point():
-        got = (
-            f"{tuple(losses.shape)} of {losses.dtype}"
-            if isinstance(losses, Tensor)
-            else type(losses).__name__
-        )
+        got = type(losses).__name__
+        if isinstance(losses, Tensor):
+            got = f"{tuple(losses.shape)} of {losses.dtype}"
         raise ValueError(
             f"loss_fn must return a floating point loss per task, ({tasks},), got {got} for the {what}"
         )

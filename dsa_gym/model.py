@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dsa_gym.backbone import Backbone
-from dsa_gym.domains import Domain, Examples
+from dsa_gym.domains import Domain, Examples, rows_of
 from dsa_gym.masks import MaskSpace
 from dsa_gym.pathways import ActiveAdapters, AdapterShape
 
@@ -51,15 +51,30 @@ class AdaptedModel:
 
         Returns:
             Losses (rows,), or (rows, 2) with ``parts``.
+
+        Raises:
+            ValueError: If ``phi`` or ``mask`` do not fit the rows or the geometry.
         """
         adapters = None
         if phi is not None:
+            self._check(rows_of(examples), phi, mask)
             if mask is not None and mask.ndim == 2:
                 rows = mask.shape[0] // phi.shape[0]
                 phi, mask = (phi.repeat_interleave(rows, 0) if rows > 1 else phi) * mask, None
             adapters = ActiveAdapters(self.shape, phi, mask, training)
         with self.backbone.adapted(adapters) as model:
             return self.domain.losses(model, examples, parts=parts)
+
+    def _check(self, rows: int, phi: Tensor, mask: Tensor | None) -> None:
+        """Refuse shapes that broadcasting would take for something else."""
+        size = self.shape.size
+        if phi.ndim != 2 or phi.shape[1] != size or not len(phi) or rows % len(phi):
+            raise ValueError(
+                f"phi: {tuple(phi.shape)} for {rows} examples, expected (users, {size}) with users a divisor of {rows}"
+            )
+        component = (rows, len(self.shape.sites), self.shape.rank)
+        if mask is not None and tuple(mask.shape) not in (component, (rows, size)):
+            raise ValueError(f"mask: {tuple(mask.shape)}, expected {component} or {(rows, size)}")
 
     @torch.inference_mode()
     def features(self, examples: Examples, *, context: bool, batch_size: int = 256) -> Tensor:

@@ -41,10 +41,13 @@ def fit_projection(features: Tensor, dim: int) -> Projection:
         dim: Components D to keep.
 
     Raises:
-        ValueError: If there are fewer than two samples, or ``dim`` is not positive.
+        ValueError: If there are fewer than two samples, ``dim`` is not positive, or a feature is not finite.
     """
     if features.shape[0] < 2 or dim < 1:
         raise ValueError(f"dim={dim} of {features.shape[0]} samples: expected dim >= 1 and two samples or more")
+    if not torch.isfinite(features).all():
+        broken = (~torch.isfinite(features)).any(1).nonzero().flatten().tolist()
+        raise ValueError(f"features: samples {broken[:5]} are not finite")
     features = features.double()
     mean = features.mean(0)
     _, singular, directions = torch.linalg.svd(features - mean, full_matrices=False)

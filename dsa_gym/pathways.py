@@ -145,7 +145,8 @@ class ActiveAdapters:
 
     def __call__(self, hidden: Tensor, site: int) -> Tensor:
         """Return ``h + Dropout(relu(h W_up) W_down)`` for a sublayer's output (rows, tokens, d) or (rows * tokens, d)."""
-        up, down = self.shape.matrices(self.phi, site)
+        # parameters and gates may be wider than a backbone in half precision
+        up, down = (matrix.to(hidden.dtype) for matrix in self.shape.matrices(self.phi, site))
         users, rank = up.shape[0], self.shape.rank
         if users == 1:
             grouped = hidden
@@ -154,7 +155,7 @@ class ActiveAdapters:
             grouped = hidden.reshape(users, -1, hidden.shape[-1])
         units = torch.relu(grouped @ up)
         if self.gates is not None:
-            gate = self.gates[:, site]  # (rows, rank)
+            gate = self.gates[:, site].to(hidden.dtype)  # (rows, rank)
             units = (units.reshape(gate.shape[0], -1, rank) * gate[:, None]).view_as(units)
         change = units @ down
         if self.training and self.shape.dropout:

@@ -37,7 +37,7 @@ class SplitConfig:
             users have after their support is held out.
         min_examples: Users with fewer usable examples are dropped, and counted.
         inputs: Most inputs per user in each split of the environment, evenly spaced in time.
-        support_inputs: Most support examples per user that are kept in the bundle.
+        support_inputs: Most support inputs per user that the best mask per user is chosen on.
         seed: Seeds the choice of users.
     """
 
@@ -47,7 +47,7 @@ class SplitConfig:
     unseen: float = 0.2
     min_examples: int = 20
     inputs: Mapping[str, int] | None = None
-    support_inputs: int = 48
+    support_inputs: int = 8
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -127,7 +127,7 @@ def encode_population(
     """Encode every user's examples and split users and examples.
 
     Args:
-        raw: ``(user, examples in time order)``.
+        raw: ``(user, examples in time order)``, users in any order.
         domain: Encodes the examples.
         config: The split.
 
@@ -140,7 +140,7 @@ def encode_population(
     kept: list[tuple[str, Examples, int]] = []
     examples_read = unusable = 0
     dropped: list[str] = []
-    for user, items in raw:
+    for user, items in sorted(raw, key=lambda entry: entry[0]):
         encoded, usable = domain.encode(list(items))
         examples_read += len(items)
         unusable += len(items) - len(usable)
@@ -173,20 +173,11 @@ def encode_population(
 
 def _parts(count: int, train: bool, config: SplitConfig) -> Tensor:
     """Part of each of a user's examples in time order, int64 (count,)."""
-    support = max(1, round(config.support * count))
-    unseen = max(1, round(config.unseen * count)) if train else count - support
+    # extreme shares are rounded so that no part that a user should have is empty
+    support = min(max(1, round(config.support * count)), count - 2)
+    unseen = min(max(1, round(config.unseen * count)), count - support - 1) if train else count - support
     part = torch.full((count,), PARTS.index("query"), dtype=torch.int64)
     part[:support] = PARTS.index("support")
     part[count - unseen :] = PARTS.index("unseen")
     return part
 
-
-def subset(population: Population, rows: Tensor) -> Population:
-    """The population with the given examples only, rows ascending."""
-    return Population(
-        population.users,
-        population.groups,
-        take(population.examples, rows),
-        population.user[rows],
-        population.part[rows],
-    )

@@ -7,11 +7,7 @@ Training state is kept in ``OUT/checkpoint`` so that a killed run continues wher
 
 from __future__ import annotations
 
-import bz2
-import gzip
-import io
 import json
-import lzma
 import math
 import time
 from collections.abc import Iterator
@@ -26,6 +22,7 @@ from tqdm import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from dsa_gym import storage
+from dsa_gym.data import read_lines
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -54,7 +51,7 @@ class PretrainConfig:
     heads: int = 4
     window: int = 64
     batch_size: int = 64
-    steps: int = 4000
+    steps: int = 4500
     learning_rate: float = 3e-3
     weight_decay: float = 0.05
     held_out: float = 0.01
@@ -69,8 +66,12 @@ class PretrainConfig:
         for name in ("vocabulary", "width", "layers", "heads", "window", "batch_size", "steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: expected a positive integer")
-        if self.vocabulary < 257:
-            raise ValueError(f"vocabulary={self.vocabulary}: byte-level BPE needs 257 or more tokens")
+        if not 257 <= self.vocabulary <= 1 << 16:
+            raise ValueError(
+                f"vocabulary={self.vocabulary}: byte-level BPE needs 257 or more tokens, and ids are stored in 16 bits"
+            )
+        if not 0 < self.learning_rate < float("inf"):
+            raise ValueError(f"learning_rate={self.learning_rate}: expected a positive number")
         if self.width % self.heads:
             raise ValueError(f"width={self.width}: expected a multiple of heads={self.heads}")
         if not 0 < self.held_out < 1:
@@ -80,40 +81,43 @@ class PretrainConfig:
 def read_paragraphs(path: Path) -> Iterator[str]:
     """Yield the paragraphs of a corpus: a blank line ends one in plain text, a row is one in JSON Lines.
 
-    Plain text (``.txt``) and JSON Lines (``.jsonl``, key ``text``), each also as .gz, .xz or .bz2.
+    Plain text (``.txt``) and JSON Lines (``.jsonl``, key ``text``), each also as .gz, .bz2, .xz or .zst.
 
     Raises:
-        ValueError: If the file is missing, empty, not UTF-8, or a JSON line has no ``text``.
+        ValueError: If the file is missing, damaged, empty, not UTF-8, or a JSON line has no ``text``.
     """
-    openers = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"corpus={str(path)!r}: no such file")
-    rows = path.with_suffix("").suffix == ".jsonl" or path.suffix == ".jsonl"
+    rows = any(suffix.lower() in (".jsonl", ".ndjson") for suffix in path.suffixes[-2:])
     found = False
-    try:
-        with openers.get(path.suffix, open)(path, "rb") as raw, io.TextIOWrapper(raw, "utf-8") as lines:  # type: ignore[operator]
-            paragraph: list[str] = []
-            for number, line in enumerate(lines, 1):
-                if rows:
-                    try:
-                        paragraph = [json.loads(line)["text"].strip()]
-                    except (ValueError, KeyError, TypeError, AttributeError) as error:
-                        raise ValueError(f"{path}, line {number}: expected a JSON object with 'text'") from error
-                elif line.strip():
-                    paragraph.append(line.strip())
-                    continue
-                if paragraph and paragraph[0]:
-                    found = True
-                    yield " ".join(paragraph)
-                paragraph = []
-            if paragraph:
-                found = True
-                yield " ".join(paragraph)
-    except (UnicodeDecodeError, EOFError, OSError, lzma.LZMAError) as error:
-        raise ValueError(f"{path}: cannot be read as UTF-8 text ({error})") from error
+    for paragraph in _json_paragraphs(path) if rows else _text_paragraphs(path):
+        if paragraph:
+            found = True
+            yield paragraph
     if not found:
         raise ValueError(f"{path}: the corpus is empty")
+
+
+def _json_paragraphs(path: Path) -> Iterator[str]:
+    for number, line in read_lines(path):
+        if not line.strip():
+            continue
+        try:
+            yield json.loads(line)["text"].strip()
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ValueError(f"{path}, line {number}: expected a JSON object with 'text'") from error
+
+
+def _text_paragraphs(path: Path) -> Iterator[str]:
+    lines: list[str] = []
+    for _, line in read_lines(path):
+        if line.strip():
+            lines.append(line.strip())
+            continue
+        yield " ".join(lines)
+        lines = []
+    yield " ".join(lines)
 
 
 def train_tokenizer(paragraphs: list[str], vocabulary: int) -> PreTrainedTokenizerFast:
@@ -203,6 +207,11 @@ def _rate(step: int, config: PretrainConfig) -> float:
 def _prepare_corpus(corpus: list[Path], out: Path, config: PretrainConfig) -> tuple[np.ndarray, np.ndarray]:
     """Tokenise the corpus once; a resumed run finds the streams in ``OUT/checkpoint``."""
     work = out / "checkpoint"
+    if not corpus or len({Path(path).name for path in corpus}) < len(corpus):
+        raise ValueError(f"corpus={[str(path) for path in corpus]}: expected one or more files of different names")
+    for path in corpus:
+        if not Path(path).is_file():
+            raise ValueError(f"corpus={str(path)!r}: no such file")
     key = {"config": asdict(config), "corpus": {Path(p).name: storage.sha256(Path(p)) for p in corpus}}
     if (work / "corpus.json").exists():
         if storage.read_json(work / "corpus.json") != key:
@@ -214,8 +223,11 @@ def _prepare_corpus(corpus: list[Path], out: Path, config: PretrainConfig) -> tu
     held[0] |= not held.any()
     train = encode_stream([p for p, h in zip(paragraphs, held, strict=True) if not h], tokenizer)
     test = encode_stream([p for p, h in zip(paragraphs, held, strict=True) if h], tokenizer)
-    if len(train) <= config.window + 1:
-        raise ValueError(f"corpus of {len(train)} tokens is shorter than window={config.window}: give more text")
+    for name, stream in (("training", train), ("held-out", test)):
+        if len(stream) <= config.window + 1:
+            raise ValueError(
+                f"{name} text of {len(stream)} tokens is shorter than window={config.window}: give more text"
+            )
     tokenizer.save_pretrained(out)
     storage.write_array(work / "train.npy", train)
     storage.write_array(work / "held_out.npy", test)
@@ -242,6 +254,8 @@ def pretrain_text(
         FloatingPointError: If the loss is not finite; the last checkpoint stays.
     """
     config = config or PretrainConfig()
+    if checkpoint_every < 1:
+        raise ValueError(f"checkpoint_every={checkpoint_every}: expected a positive number of steps")
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     train, held = _prepare_corpus(corpus, out, config)
@@ -281,8 +295,7 @@ def _checkpoint(
     path: Path, model: GPT2LMHeadModel, optimizer: torch.optim.Optimizer, step: int, seconds: float
 ) -> None:
     tensors = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
-    for index, state in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{index}.{key}": value for key, value in state.items()}
+    tensors |= storage.optimizer_tensors(optimizer)
     tensors["step"] = torch.tensor(step)
     tensors["seconds"] = torch.tensor(seconds)
     storage.write_tensors(path, tensors)
@@ -293,12 +306,7 @@ def _restore(path: Path, model: GPT2LMHeadModel, optimizer: torch.optim.Optimize
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(tensors[f"model.{name}"])
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, value in tensors.items():
-        if name.startswith("optimizer."):
-            _, index, key = name.split(".")
-            state.setdefault(int(index), {})[key] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    storage.load_optimizer_tensors(optimizer, tensors)
     return int(tensors["step"]), float(tensors["seconds"])
 
 

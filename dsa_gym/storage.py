@@ -23,12 +23,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 __all__ = [
     "atomic_path",
+    "load_optimizer_tensors",
+    "optimizer_tensors",
     "read_array",
     "read_json",
     "read_metadata",
@@ -139,6 +143,10 @@ def write_tensors(
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name!r} for {path} must be a tensor, got {type(tensor).__name__}")
+        if tensor.layout != torch.strided:
+            raise ValueError(
+                f"cannot write {path} as safetensors: {name!r} is {tensor.layout}, make it dense"
+            )
         tensor = tensor.detach().cpu().contiguous()
         storage = tensor.untyped_storage().data_ptr()
         # safetensors refuses two names for one storage (tied weights); on disk they are two tensors.
@@ -214,6 +222,25 @@ def read_array(path: Path, mmap: bool = False) -> np.ndarray:
             return np.lib.format.read_array(file, allow_pickle=False)
     except (ValueError, OSError, EOFError) as error:
         raise ValueError(f"cannot read {path} as NPY: {error}") from error
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """An optimiser's state as flat tensors ``optimizer.INDEX.KEY``, for :func:`write_tensors`."""
+    return {
+        f"optimizer.{index}.{key}": value
+        for index, state in optimizer.state_dict()["state"].items()
+        for key, value in state.items()
+    }
+
+
+def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Take over what :func:`optimizer_tensors` returned; other names are passed over."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        if name.startswith("optimizer."):
+            _, index, key = name.split(".")
+            state.setdefault(int(index), {})[key] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def sha256(path: Path) -> str:

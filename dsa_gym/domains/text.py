@@ -67,8 +67,9 @@ class TextDomain:
                 f"backbone={backbone.source!r}: {type(backbone.model).__name__} is no causal language model, which the "
                 "text domain needs (GPT-2, Llama, ...)"
             )
+        # the loss does not read the last token, but the features of a whole text do
         window = getattr(backbone.config, "max_position_embeddings", self.max_tokens)
-        if window < self.max_tokens - 1:
+        if window < self.max_tokens:
             raise ValueError(f"max_tokens={self.max_tokens}: the backbone's window has {window} positions")
 
     def encode(self, raw: Sequence[str]) -> tuple[Examples, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -31,7 +32,7 @@ def no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @st.composite
-def adapters(draw: st.DrawFn, size: int, width: int = 32) -> UserAdapter:
+def adapters(draw: st.DrawFn, size: int, width: Literal[16, 32] = 32) -> UserAdapter:
     """Adapters with float32 (`width=32`) or float16-representable values (`width=16`), zeros among them."""
     indices = sorted(draw(st.sets(st.integers(0, size - 1), max_size=40)))
     floats = st.floats(width=width, allow_nan=False, allow_infinity=False)
@@ -136,14 +137,14 @@ def test_int8_keeps_indices_bounds_the_error_and_is_idempotent(
             adapter.values[start : start + block].double(),
             read.values[start : start + block].double(),
         )
-        # Half a step of the block, and what rounding the scale to 8 bits adds to it; 2**-127 is float32's floor.
+        # Half a step, and what rounding the scale to 8 bits adds to it; 2**-127 is the floor of float32.
         assert float((before - after).abs().max()) <= float(before.abs().max()) / 254 * 1.004 + 2.0**-127
     store.write("u", read)
     assert (tmp_path / "users" / file_name("u")).read_bytes() == first
 
 
 @pytest.mark.parametrize(
-    "values", [[FLOAT32_MAX, -FLOAT32_MAX, 1.0], [1e-45, -1e-45, 0.0], [1e-38, 3e-39, 0.0], [0.0, 0.0, 0.0]]
+    "values", [[FLOAT32_MAX, -FLOAT32_MAX, 0.0], [1e-45, -1e-45, 0.0], [1e-38, 3e-39, 0.0], [0.0, 0.0, 0.0]]
 )
 def test_int8_at_the_ends_of_float32(tmp_path: Path, values: list[float]) -> None:
     store = make(tmp_path)
@@ -454,12 +455,11 @@ def test_any_flipped_byte_is_found(tmp_path: Path, values: str) -> None:
     path = tmp_path / "users" / file_name("ann")
     whole = path.read_bytes()
     for position in range(len(whole)):
-        for flip in (0x01, 0x80, 0xFF):
-            data = bytearray(whole)
-            data[position] ^= flip
-            path.write_bytes(data)
-            with pytest.raises(ValueError, match=r"u-ann\.safetensors"):
-                store.read("ann")
+        data = bytearray(whole)
+        data[position] ^= 1 << position % 8
+        path.write_bytes(data)
+        with pytest.raises(ValueError, match=r"u-ann\.safetensors"):
+            store.read("ann")
     path.write_bytes(whole)
     store.read("ann")
 

@@ -1,0 +1,100 @@
+"""The gradient-trained gate: Gumbel-Softmax or binary concrete, straight-through, over a frozen bundle."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dsa_gym import storage
+from dsa_gym.agents.base import Agent, Bits, Observation, OnUpdate
+from dsa_gym.gating import GateConfig, GatingNetwork
+
+
+class GumbelAgent(Agent):
+    """Minimises ``loss + l0_penalty * active_parameters`` by the gradient through relaxed gates.
+
+    Each gate is a binary concrete variable (Maddison et al., 2017; Jang et al., 2017). It needs a loss that is differentiable in
+    the mask, which the reward's other forms (ROUGE, NDCG, bytes) are not.
+    """
+
+    name = "gumbel"
+
+    def __init__(self, env: Any, seed: int = 0, **config: Any) -> None:
+        """Build the gate and its optimiser."""
+        super().__init__(env, seed, **config)
+        gate = GateConfig(
+            relaxation="binary",
+            hidden=self.config["hidden"],
+            dropout=self.config["dropout"],
+            temperature=self.config["temperature"],
+            final_temperature=self.config["final_temperature"],
+        )
+        sizes = {name: space.shape[0] for name, space in env.observation_space.spaces.items()}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            self.gate = GatingNetwork(sizes["user"], sizes["context"], self.gates, self.gates, gate)
+        self.optimizer = torch.optim.AdamW(
+            self.gate.parameters(), lr=self.config["learning_rate"], weight_decay=self.config["weight_decay"]
+        )
+        self._steps = 0
+
+    @property
+    def steps(self) -> int:
+        """Inputs that losses were computed for."""
+        return self._steps
+
+    def learn(self, steps: int, on_update: OnUpdate | None = None) -> None:
+        """Take gradient steps until ``steps`` more inputs have been used."""
+        scorer, size = self.scorer, self.config["batch_size"]
+        first, last = self._steps, self._steps + steps
+        prices = torch.as_tensor(scorer.l0_penalty * scorer.active_parameters(np.eye(self.gates, dtype=np.uint8)))
+        observed = {name: torch.from_numpy(value) for name, value in scorer.observations.items()}
+        while self._steps < last:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self._steps)
+            torch.manual_seed(self.seed * 1_000_003 + self._steps)  # dropout
+            inputs = torch.randint(len(scorer), (size,), generator=generator)
+            temperature = self.gate.config.temperature_at((self._steps - first) / steps)
+            self.gate.train()
+            logits = self.gate(observed["user"][inputs], observed["context"][inputs])
+            gates = self.gate.sample(logits, temperature, generator)
+            loss = scorer.relaxed_losses(inputs, gates).mean()
+            objective = loss + (gates * prices.float()).sum(1).mean()
+            if not torch.isfinite(objective):
+                raise FloatingPointError(f"gumbel: loss is {float(objective)} after {self._steps} steps")
+            self.optimizer.zero_grad()
+            objective.backward()
+            torch.nn.utils.clip_grad_norm_(self.gate.parameters(), 1.0)
+            self.optimizer.step()
+            self._steps += size
+            if on_update is not None:
+                on_update(self._steps, {"train/loss": float(loss), "train/density": float(gates.detach().mean())})
+
+    def predict(self, observation: Observation, info: dict[str, Any] | None = None) -> Bits:
+        """Gates whose probability is above one half."""
+        return (self._logits(observation) > 0).to(torch.uint8).numpy()
+
+    def probabilities(self, observation: Observation) -> NDArray[np.float64]:
+        """Sigmoid of the logits."""
+        return torch.sigmoid(self._logits(observation)).double().numpy()
+
+    @torch.inference_mode()
+    def _logits(self, observation: Observation) -> Tensor:
+        self.gate.eval()
+        logits: Tensor = self.gate(torch.as_tensor(observation["user"]), torch.as_tensor(observation["context"]))
+        return logits
+
+    def state(self) -> dict[str, Tensor]:
+        """Gate, optimiser and step count."""
+        tensors = {f"gate.{name}": value for name, value in self.gate.state_dict().items()}
+        return tensors | storage.optimizer_tensors(self.optimizer) | {"steps": torch.tensor(self._steps)}
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        """Take over gate, optimiser and step count."""
+        self.gate.load_state_dict({k[5:]: v for k, v in tensors.items() if k.startswith("gate.")})
+        storage.load_optimizer_tensors(self.optimizer, tensors)
+        self._steps = int(tensors["steps"])
+

@@ -1,0 +1,212 @@
+"""The gating problem of a bundle's split: inputs, what is observed of them, and the loss under any mask.
+
+This is the one place where a mask is scored. Environments, the ladder, searches and oracles all ask it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import OrderedDict
+from functools import cached_property
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dsa_gym.bundle import Bundle
+from dsa_gym.domains import take
+from dsa_gym.masks import MaskSpace
+from dsa_gym.model import AdaptedModel
+
+DEFAULT_L0_PENALTY = 1.5e-6
+"""Nats per active parameter: about 0.1 nats for everything of an adapter of 65,536 parameters."""
+
+Bits = NDArray[np.uint8]
+
+
+class GatingProblem:
+    """Inputs of one split under the masks of one granularity.
+
+    Attributes:
+        bundle: Where it comes from.
+        split: Name of the split.
+        space: The gates.
+        l0_penalty: lambda, nats per active parameter.
+        rows: Row of each input in the bundle's examples, int64 (n,).
+        user: Index of each input's user, int64 (n,).
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        split: str = "train",
+        *,
+        granularity: str | None = None,
+        l0_penalty: float = DEFAULT_L0_PENALTY,
+        device: str = "auto",
+        cache_bytes: int = 64 * 2**20,
+        inputs: Tensor | None = None,
+    ) -> None:
+        """Open a split; the backbone is loaded when a loss is first computed.
+
+        Args:
+            bundle: An opened bundle.
+            split: ``train``, ``seen``, ``validation``, ``test``, or ``support``.
+            granularity: See :mod:`dsa_gym.masks`; None for what the library was trained under.
+            l0_penalty: lambda, in nats per active parameter.
+            device: ``"auto"``, ``"cpu"``, ``"cuda"``, ...
+            cache_bytes: Bound on the memory of remembered losses; 0 computes every loss anew and does not use the
+                bundle's tables either.
+            inputs: Use only these inputs of the split, int64.
+
+        Raises:
+            ValueError: If an argument is out of range.
+        """
+        if not np.isfinite(l0_penalty) or l0_penalty < 0:
+            raise ValueError(f"l0_penalty={l0_penalty}: expected a finite number >= 0, in nats per active parameter")
+        if cache_bytes < 0:
+            raise ValueError(f"cache_bytes={cache_bytes}: expected a number of bytes >= 0")
+        self.bundle, self.split, self.l0_penalty = bundle, split, float(l0_penalty)
+        self.space = MaskSpace(bundle.shape, granularity or bundle.manifest["granularity"])
+        self.device = _device(device)
+        self.cache_bytes = cache_bytes
+        chosen = slice(None) if inputs is None else inputs
+        self.rows = bundle.rows(split)[chosen]
+        self.user = bundle.user[self.rows]
+        table = bundle.table(split) if cache_bytes and self._trained_granularity else None
+        self.table = table if table is None or inputs is None else table[inputs.numpy()]
+        self._cache: OrderedDict[bytes, float] = OrderedDict()
+        self._sizes = self.space.sizes.numpy().astype(np.float64)
+
+    def __len__(self) -> int:
+        """Number of inputs n."""
+        return len(self.rows)
+
+    @property
+    def _trained_granularity(self) -> bool:
+        return self.space.granularity == self.bundle.space.granularity
+
+    @property
+    def gates(self) -> int:
+        """Number of gates G."""
+        return self.space.gates
+
+    @cached_property
+    def observations(self) -> dict[str, NDArray[np.float32]]:
+        """``user`` (n, user_dim) and ``context`` (n, context_dim) of every input."""
+        observed = self.bundle.observations
+        return {"user": observed["user"][self.user].numpy(), "context": observed["context"][self.rows].numpy()}
+
+    @cached_property
+    def model(self) -> AdaptedModel:
+        """The adapted model, loaded on first use."""
+        return self.bundle.model(device=self.device)
+
+    @cached_property
+    def _phi(self) -> Tensor:
+        return self.bundle.phi.to(self.device)
+
+    def active_parameters(self, gates: Bits) -> NDArray[np.int64]:
+        """``||m||_0`` of gates (rows, G), int64 (rows,)."""
+        return (gates @ self._sizes).astype(np.int64)
+
+    def rewards(self, inputs: NDArray[np.int64], gates: Bits) -> NDArray[np.float64]:
+        """``-loss - l0_penalty * active_parameters`` of inputs (rows,) under gates (rows, G)."""
+        return -self.losses(inputs, gates).astype(np.float64) - self.l0_penalty * self.active_parameters(gates)
+
+    def losses(self, inputs: NDArray[np.int64], gates: Bits) -> NDArray[np.float32]:
+        """Loss in nats of inputs (rows,), indices into the split, under binary gates (rows, G).
+
+        Served from the bundle's table or the bounded cache where possible; equal requests are computed once.
+        """
+        if self.table is not None:
+            return np.asarray(self.table[inputs, mask_codes(gates)], dtype=np.float32)
+        if not self.cache_bytes:
+            return self.compute_losses(inputs, gates)
+        return self._cached_losses(inputs, gates)
+
+    def compute_losses(self, inputs: NDArray[np.int64], gates: Bits, *, batch_size: int = 256) -> NDArray[np.float32]:
+        """The same through the model, whatever is known already."""
+        pieces = []
+        with torch.inference_mode():
+            for start in range(0, len(inputs), batch_size):
+                index = torch.from_numpy(inputs[start : start + batch_size])
+                rows, users = self.rows[index], self.user[index]
+                examples = {k: v.to(self.device) for k, v in take(self.bundle.examples, rows).items()}
+                bits = torch.from_numpy(gates[start : start + batch_size]).to(self.device, torch.float32)
+                phi = self._phi[users[:1]] if bool((users == users[0]).all()) else self._phi[users]
+                pieces.append(self.model.losses(examples, phi, self.space.expand(bits)).float().cpu())
+        return torch.cat(pieces).numpy()
+
+    def relaxed_losses(self, inputs: Tensor, gates: Tensor) -> Tensor:
+        """Losses in nats (rows,), differentiable with respect to gates (rows, G) in [0, 1]."""
+        rows, users = self.rows[inputs], self.user[inputs]
+        examples = {k: v.to(self.device) for k, v in take(self.bundle.examples, rows).items()}
+        losses = self.model.losses(examples, self._phi[users], self.space.expand(gates.to(self.device)))
+        return losses.to(gates.device)
+
+    def _cached_losses(self, inputs: NDArray[np.int64], gates: Bits) -> NDArray[np.float32]:
+        packed = np.packbits(gates, axis=1)
+        keys = [int(i).to_bytes(4, "little") + bits.tobytes() for i, bits in zip(inputs, packed, strict=True)]
+        missing = {key: row for row, key in enumerate(keys) if key not in self._cache}
+        known = {key: self._cache[key] for key in keys if key not in missing}
+        if missing:
+            rows = np.fromiter(missing.values(), np.int64)
+            computed = self.compute_losses(inputs[rows], gates[rows]).tolist()
+            known |= dict(zip(missing, computed, strict=True))
+            self._remember(missing, computed, entry=sys.getsizeof(keys[0]) + _ENTRY_BYTES)
+        return np.fromiter((known[key] for key in keys), np.float32, len(keys))
+
+    def _remember(self, keys: dict[bytes, int], losses: list[float], *, entry: int) -> None:
+        """Add losses and forget the oldest beyond the bound."""
+        self._cache.update(zip(keys, losses, strict=True))
+        for _ in range(max(0, len(self._cache) - self.cache_bytes // entry)):
+            self._cache.popitem(last=False)
+
+    def reference_gates(self) -> Bits:
+        """Decisions of the bundle's reference gate for every input, (n, G).
+
+        Raises:
+            ValueError: If this granularity is coarser than the one that the library was trained under.
+        """
+        gate = self.bundle.reference_gate()
+        with torch.inference_mode():
+            logits = gate(*(torch.from_numpy(self.observations[name]) for name in ("user", "context")))
+            gates = self.bundle.space.refine(gate.decide(logits), self.space)
+        return gates.to(torch.uint8).numpy()
+
+    def support(self) -> GatingProblem:
+        """The problem over the support inputs of this split's users."""
+        rows = self.bundle.rows("support")
+        chosen = torch.isin(self.bundle.user[rows], self.user.unique()).nonzero().flatten()
+        return GatingProblem(
+            self.bundle,
+            "support",
+            granularity=self.space.granularity,
+            l0_penalty=self.l0_penalty,
+            device=str(self.device),
+            cache_bytes=self.cache_bytes,
+            inputs=chosen,
+        )
+
+
+_ENTRY_BYTES = 120
+"""About what one entry of the cache costs beside its key: the float and the ordered dictionary's slot."""
+
+
+def mask_codes(gates: Bits) -> NDArray[np.int64]:
+    """Column of a table for each row of gates (rows, G): gate i is bit i."""
+    return gates.astype(np.int64) @ (1 << np.arange(gates.shape[1], dtype=np.int64))
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device={name!r}: expected 'auto', 'cpu', 'cuda' or 'cuda:0'") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device={name!r}: no CUDA device is available; use 'auto' or 'cpu'")
+    return device

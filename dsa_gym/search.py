@@ -1,0 +1,99 @@
+"""Searches over masks: the best static mask, the best per user, and the oracle per input.
+
+Exhaustive where 2^G masks can be scored, otherwise greedy coordinate ascent, a lower bound that is labelled as one.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dsa_gym.model import all_gates
+from dsa_gym.problem import Bits, GatingProblem
+
+EXHAUSTIVE_GATES = 8
+"""Up to this many gates every mask is scored."""
+
+
+def exhaustive(problem: GatingProblem) -> bool:
+    """Whether every mask of the problem can be scored."""
+    return problem.gates <= EXHAUSTIVE_GATES
+
+
+def mask_table(problem: GatingProblem) -> NDArray[np.float64]:
+    """Reward of every input under every mask, (n, 2^G)."""
+    gates = all_gates(problem.space).numpy()
+    price = problem.l0_penalty * problem.active_parameters(gates)
+    if problem.table is not None:
+        return -np.asarray(problem.table, dtype=np.float64) - price
+    inputs = np.repeat(np.arange(len(problem)), len(gates))
+    losses = problem.losses(inputs, np.tile(gates, (len(problem), 1)))
+    return -losses.reshape(len(problem), len(gates)).astype(np.float64) - price
+
+
+def best_static(problem: GatingProblem, *, sample: int = 256, seed: int = 0) -> Bits:
+    """The mask with the best mean reward over a problem's inputs, (G,).
+
+    Args:
+        problem: The inputs to choose on (training users).
+        sample: Inputs that a greedy search scores.
+        seed: Seeds the sample.
+    """
+    if exhaustive(problem):
+        return all_gates(problem.space).numpy()[mask_table(problem).mean(0).argmax()]
+    inputs = np.random.default_rng(seed).permutation(len(problem))[:sample]
+    return greedy(problem, inputs, np.zeros(len(inputs), dtype=np.int64))[0]
+
+
+def best_per_user(problem: GatingProblem) -> dict[int, Bits]:
+    """For each user the mask with the best mean reward over that user's inputs."""
+    users = problem.user.numpy()
+    names, group = np.unique(users, return_inverse=True)
+    if exhaustive(problem):
+        table, gates = mask_table(problem), all_gates(problem.space).numpy()
+        return {int(name): gates[table[group == i].mean(0).argmax()] for i, name in enumerate(names)}
+    chosen = greedy(problem, np.arange(len(problem)), group)
+    return {int(name): chosen[i] for i, name in enumerate(names)}
+
+
+def oracle(problem: GatingProblem) -> Bits:
+    """For each input the mask with the best reward, (n, G)."""
+    if exhaustive(problem):
+        return all_gates(problem.space).numpy()[mask_table(problem).argmax(1)]
+    return greedy(problem, np.arange(len(problem)), np.arange(len(problem)))
+
+
+def greedy(
+    problem: GatingProblem, inputs: NDArray[np.int64], group: NDArray[np.int64], *, candidates: int = 64, seed: int = 0
+) -> Bits:
+    """Coordinate ascent on the mean reward of each group of inputs, all groups at once.
+
+    Every step draws ``candidates`` gates, scores the flip of each for all inputs, and each group makes its best flip if that
+    is an improvement; it ends when no group improves over two rounds of all gates.
+
+    Returns:
+        One mask per group, (groups, G).
+    """
+    generator = np.random.default_rng(seed)
+    groups, gates = int(group.max()) + 1, problem.gates
+    counts = np.bincount(group, minlength=groups)
+    current = np.zeros((groups, gates), dtype=np.uint8)
+
+    def score(masks: Bits) -> NDArray[np.float64]:
+        return np.bincount(group, problem.rewards(inputs, masks[group]), groups) / counts
+
+    best = score(current)
+    idle = 0
+    while idle < 2 * max(1, -(-gates // candidates)):
+        tried = generator.permutation(gates)[:candidates]
+        gains = np.empty((len(tried), groups))
+        for i, gate in enumerate(tried):
+            flipped = current.copy()
+            flipped[:, gate] ^= 1
+            gains[i] = score(flipped) - best
+        choice = gains.argmax(0)
+        better = gains[choice, np.arange(groups)] > 0
+        current[better, tried[choice[better]]] ^= 1
+        best = best + np.where(better, gains[choice, np.arange(groups)], 0.0)
+        idle = 0 if better.any() else idle + 1
+    return current

@@ -1,0 +1,110 @@
+"""Timing of the environment's step against the frozen backbone alone, side by side in one run."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Callable
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from dsa_gym import storage
+from dsa_gym.domains import take
+
+
+def bench(env_id: str, bundle: str | None, num_envs: int, repetitions: int, seed: int) -> dict[str, Any]:
+    """Time one step of a native batch, reward caches off, all users and masks different where there are enough users.
+
+    Args:
+        env_id: Registered id.
+        bundle: Folder; None for the shipped bundle.
+        num_envs: Environments in the batch.
+        repetitions: Timed repetitions of each, interleaved.
+        seed: Seeds users, inputs and masks.
+
+    Returns:
+        Milliseconds (median and quartiles) of: ``backbone``, the bare frozen model's forward and loss on the same inputs;
+        ``adapted``, the same with every user's adapters and masks; ``step``, the whole environment step.
+
+    Raises:
+        ValueError: If an argument is wrong.
+    """
+    if repetitions < 2:
+        raise ValueError(f"repetitions={repetitions}: expected at least 2")
+    envs = gym.make_vec(env_id, num_envs=num_envs, bundle=bundle, cache_bytes=0)
+    envs.reset(seed=seed)
+    problem = envs.get_wrapper_attr("problem") if hasattr(envs, "get_wrapper_attr") else envs.problem  # type: ignore[attr-defined]
+    generator = np.random.default_rng(seed)
+    users = np.unique(problem.user.numpy())
+    chosen = generator.permutation(np.resize(generator.permutation(users), num_envs))
+    inputs = np.stack([generator.choice(np.flatnonzero(problem.user.numpy() == user)) for user in chosen])
+    gates = (generator.random((num_envs, problem.gates)) < 0.5).astype(np.uint8)
+    examples = take(problem.bundle.examples, problem.rows[torch.from_numpy(inputs)])
+    model = problem.model
+
+    @torch.inference_mode()
+    def backbone() -> None:
+        model.losses(examples, None)
+
+    def adapted() -> None:
+        problem.compute_losses(inputs, gates)
+
+    def step() -> None:
+        envs.reset(options={"input": inputs})
+        envs.step(gates)
+
+    timed = _interleaved({"backbone": backbone, "adapted": adapted, "step": step}, repetitions)
+    overhead = np.asarray(timed["adapted"]) / np.asarray(timed["backbone"]) - 1
+    return {
+        "env": env_id,
+        "num_envs": num_envs,
+        "users": int(len(np.unique(chosen))),
+        "repetitions": repetitions,
+        "milliseconds": {name: _quartiles(np.asarray(values)) for name, values in timed.items()},
+        "adapter_overhead": _quartiles(overhead),
+        "steps_per_second": 1000 * num_envs / float(np.median(timed["step"])),
+        "machine": {
+            "processor": platform.processor() or platform.machine(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+        },
+        "versions": storage.versions(),
+    }
+
+
+def _interleaved(functions: dict[str, Callable[[], None]], repetitions: int) -> dict[str, list[float]]:
+    """Milliseconds of each function, in turns so that a drifting machine hits all alike."""
+    timed: dict[str, list[float]] = {name: [] for name in functions}
+    for repetition in range(repetitions + 3):
+        for name, function in functions.items():
+            began = time.perf_counter()
+            function()
+            if repetition >= 3:
+                timed[name].append(1000 * (time.perf_counter() - began))
+    return timed
+
+
+def _quartiles(values: np.ndarray) -> dict[str, float]:
+    low, median, high = np.percentile(values, [25, 50, 75])
+    return {"median": float(median), "low": float(low), "high": float(high)}
+
+
+def show(result: dict[str, Any], console: Console) -> None:
+    """Print the timings."""
+    table = Table(title=f"{result['env']}, {result['num_envs']} environments, {result['users']} users, caches off")
+    table.add_column("what")
+    table.add_column("ms, median [quartiles]", justify="right")
+    labels = {"backbone": "bare backbone", "adapted": "with adapters and masks", "step": "environment step"}
+    for name, label in labels.items():
+        value = result["milliseconds"][name]
+        table.add_row(label, f"{value['median']:.2f} [{value['low']:.2f}, {value['high']:.2f}]")
+    value = result["adapter_overhead"]
+    table.add_row("overhead of adapters and masks", f"{value['median']:.1%} [{value['low']:.1%}, {value['high']:.1%}]")
+    console.print(table)
+    console.print(f"{result['steps_per_second']:,.0f} steps per second on {result['machine']}")

@@ -1,0 +1,295 @@
+"""The command ``dsa-gym``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.logging import RichHandler
+
+from dsa_gym import __version__
+
+console = Console()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; errors of the user's making end in one line and exit code 2."""
+    parser = _parser()
+    parsed = parser.parse_args(arguments)
+    _quiet(parsed.verbose)
+    try:
+        parsed.run(parsed)
+    except (ValueError, FloatingPointError, FileNotFoundError) as error:
+        if parsed.verbose:
+            raise
+        print(f"dsa-gym {parsed.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"dsa-gym {parsed.command}: interrupted; the same command continues it", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _quiet(verbose: bool) -> None:
+    handler = RichHandler(console=Console(stderr=True), show_path=False, show_time=False, markup=False)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler], force=True)
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    for name in ("transformers", "httpx", "huggingface_hub"):
+        logging.getLogger(name).setLevel(logging.INFO if verbose else logging.ERROR)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="dsa-gym", description="Reinforcement-learning environments and agents for gating Dynamic Sparse Adapters."
+    )
+    parser.add_argument("--version", action="version", version=f"dsa-gym {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name: str, run: Any, text: str, parent: Any = commands) -> argparse.ArgumentParser:
+        sub: argparse.ArgumentParser = parent.add_parser(
+            name, help=text, description=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        )
+        sub.add_argument("--verbose", action="store_true", help="show libraries' messages and full tracebacks")
+        sub.set_defaults(run=run)
+        return sub
+
+    demo = add("demo", _demo, "train PPO on the bundled environment and show where report and logs are")
+    demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for runs and report")
+    demo.add_argument("--steps", type=int, default=400_000, help="environment steps")
+    demo.add_argument("--seed", type=int, default=0)
+
+    personas = add("personas", _personas, "generate persona text")
+    personas.add_argument("--out", type=Path, required=True, help="JSON Lines file (.jsonl, .jsonl.gz, .jsonl.xz)")
+    personas.add_argument("--users", type=int, default=200)
+    personas.add_argument("--min-texts", type=int, default=100)
+    personas.add_argument("--max-texts", type=int, default=500)
+    personas.add_argument("--user-similarity", type=float, default=0.3)
+    personas.add_argument("--register-similarity", type=float, default=0.2)
+    personas.add_argument("--seed", type=int, default=0)
+
+    pretrain = commands.add_parser("pretrain", help="pre-train a domain's small backbone")
+    domains = pretrain.add_subparsers(dest="domain", required=True, metavar="DOMAIN")
+    text = add("text", _pretrain_text, "pre-train the text backbone", domains)
+    text.add_argument("--corpus", type=Path, nargs="+", required=True, help="text or JSON Lines, also .gz .xz .zst")
+    text.add_argument("--out", type=Path, required=True)
+    text.add_argument("--config", type=Path, help="YAML with settings of PretrainConfig")
+    text.add_argument("--steps", type=int, help="optimiser steps (default of the configuration)")
+    text.add_argument("--seed", type=int)
+
+    prepare = commands.add_parser("prepare", help="make a bundle from users' data")
+    domains = prepare.add_subparsers(dest="domain", required=True, metavar="DOMAIN")
+    text = add("text", _prepare_text, "make a bundle from users' texts", domains)
+    text.add_argument("--data", type=Path, nargs="+", required=True, help="JSON Lines, CSV or Parquet, also compressed")
+    text.add_argument("--out", type=Path, required=True, help="the bundle; an unfinished one is continued")
+    text.add_argument("--backbone", default="dsa-text", help="shipped name, folder or Hub id")
+    text.add_argument("--config", type=Path, help="YAML with settings of PrepareConfig")
+    text.add_argument("--seed", type=int, help="seeds split, meta-training and adaptation")
+    text.add_argument("--user-column", default="user")
+    text.add_argument("--text-column", default="text")
+    text.add_argument("--order-column", help="time or index (default: time, timestamp or index if there)")
+
+    info = add("info", _info, "print a bundle's manifest in readable form")
+    info.add_argument("bundle", help="folder, or a domain's name for its shipped bundle")
+    info.add_argument("--json", action="store_true", help="print the whole manifest as JSON")
+
+    train = add("train", _train, "train an agent; the same command continues a killed run")
+    train.add_argument("--env", default="DSA-Text-v0")
+    train.add_argument("--bundle", help="folder of a bundle (default: the shipped one)")
+    train.add_argument("--agent", default="ppo")
+    train.add_argument("--steps", type=int, default=500_000, help="environment steps")
+    train.add_argument("--seed", type=int, default=0)
+    train.add_argument("--logdir", type=Path, default=Path("runs"))
+    train.add_argument("--num-envs", type=int, default=256)
+    train.add_argument("--granularity", default="pathway")
+    train.add_argument("--l0-penalty", type=float, default=None, help="nats per active parameter")
+    train.add_argument("--evaluate-every", type=int, default=50_000, help="environment steps")
+    train.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="override the agent's settings")
+
+    evaluate = add("evaluate", _evaluate, "judge finished runs (several seeds of one configuration) by the ladder")
+    evaluate.add_argument("runs", type=Path, nargs="+", metavar="RUN")
+    evaluate.add_argument("--split", default="test", help="test, validation or seen")
+    evaluate.add_argument("--json", type=Path, help="write the result here")
+    evaluate.add_argument("--plot", type=Path, help="write the plot here (default: RUN/ladder-SPLIT.png)")
+
+    bench = add("bench", _bench, "time the environment's step against the bare frozen backbone")
+    bench.add_argument("--env", default="DSA-Text-v0")
+    bench.add_argument("--bundle", help="folder of a bundle (default: the shipped one)")
+    bench.add_argument("--num-envs", type=int, default=64)
+    bench.add_argument("--repetitions", type=int, default=30)
+    bench.add_argument("--seed", type=int, default=0)
+    bench.add_argument("--json", type=Path, help="write the result here")
+    return parser
+
+
+def _personas(parsed: argparse.Namespace) -> None:
+    from dsa_gym.personas import PersonaConfig, write_personas
+
+    config = PersonaConfig(
+        users=parsed.users,
+        min_texts=parsed.min_texts,
+        max_texts=parsed.max_texts,
+        user_similarity=parsed.user_similarity,
+        register_similarity=parsed.register_similarity,
+        seed=parsed.seed,
+    )
+    rows = write_personas(config, parsed.out)
+    console.print(f"{rows:,} texts of {parsed.users} users in {parsed.out}")
+
+
+def _pretrain_text(parsed: argparse.Namespace) -> None:
+    from dsa_gym.config import read_config
+    from dsa_gym.pretrain import PretrainConfig, pretrain_text
+
+    config = read_config(parsed.config, PretrainConfig) if parsed.config else PretrainConfig()
+    given = {name: value for name in ("steps", "seed") if (value := getattr(parsed, name)) is not None}
+    result = pretrain_text(parsed.corpus, parsed.out, replace(config, **given))
+    console.print(f"held-out perplexity {result['held_out_perplexity']:.2f}; weights and model card in {parsed.out}")
+
+
+def _prepare_text(parsed: argparse.Namespace) -> None:
+    from dsa_gym.config import read_config
+    from dsa_gym.data import read_texts
+    from dsa_gym.prepare import PrepareConfig, prepare
+
+    config = read_config(parsed.config, PrepareConfig) if parsed.config else PrepareConfig()
+    if parsed.seed is not None:
+        config = replace(
+            config,
+            splits=replace(config.splits, seed=parsed.seed),
+            library=replace(config.library, seed=parsed.seed),
+            adaptation=replace(config.adaptation, seed=parsed.seed),
+        )
+    users = read_texts(
+        parsed.data,
+        user_column=parsed.user_column,
+        text_column=parsed.text_column,
+        order_column=parsed.order_column,
+    )
+    raw = [(entry.user, entry.texts) for entry in users]
+    bundle = prepare("text", raw, parsed.out, config, backbone=parsed.backbone, data_files=parsed.data)
+    _print_manifest(bundle.manifest, str(parsed.out))
+
+
+def _info(parsed: argparse.Namespace) -> None:
+    from dsa_gym.bundle import Bundle
+
+    manifest = Bundle.open(parsed.bundle).manifest
+    if parsed.json:
+        print(json.dumps(manifest, indent=2))
+    else:
+        _print_manifest(manifest, parsed.bundle)
+
+
+def _print_manifest(manifest: dict[str, Any], name: str) -> None:
+    from rich.table import Table
+
+    groups = manifest["groups"]
+    stored, personal = manifest["stored"], manifest["personalisation"]
+    table = Table(title=f"bundle {name}", show_header=False)
+    size = sum(2 * site["width"] * manifest["adapter"]["rank"] for site in manifest["adapter"]["sites"])
+    rows = [
+        ("domain", f"{manifest['domain']['name']} {manifest['domain']['settings']}"),
+        ("backbone", manifest["backbone"]["source"]),
+        ("users", ", ".join(f"{groups.count(group)} {group}" for group in ("train", "validation", "test"))),
+        ("dropped", f"{manifest['encoding']['users_dropped']} users, {manifest['encoding']['examples_unusable']} examples"),
+        ("adapter", f"{len(manifest['adapter']['sites'])} sites, {size:,} parameters, "
+                    f"{manifest['adapter']['pathways']} pathways, trained under {manifest['granularity']!r} gates"),
+        ("stored per user", f"{stored['bytes_per_user']:,.0f} bytes, {stored['numbers_per_user']:,} numbers "
+                            f"(dense fp16 adapter: {stored['dense_fp16_bytes']:,} bytes)"),
+    ]  # fmt: skip
+    for split in ("test", "seen"):
+        ladder = manifest["headroom"][split]["ladder"]
+        rows.append((f"reward, {split}", "  ".join(f"{rung} {ladder[rung]['mean']:.3f}" for rung in ladder)))
+        headroom = manifest["headroom"][split]["headroom"]
+        rows.append((f"headroom, {split}", f"{headroom['mean']:.3f} nats [{headroom['low']:.3f}, {headroom['high']:.3f}]"))
+    losses = ("no_adapter", "shared", "dense", "sparse", "wrong_user", "random_initialisation")
+    rows.append(("unseen users' loss", "  ".join(f"{key} {personal[key]:.3f}" for key in losses)))
+    timings = manifest["timings_seconds"]
+    rows.append(("seconds", "  ".join(f"{stage} {seconds:.0f}" for stage, seconds in timings.items())))
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+def _train(parsed: argparse.Namespace) -> None:
+    from dsa_gym.experiments.train import TrainConfig, train
+    from dsa_gym.problem import DEFAULT_L0_PENALTY
+
+    config = TrainConfig(
+        env=parsed.env,
+        agent=parsed.agent,
+        bundle=parsed.bundle,
+        steps=parsed.steps,
+        seed=parsed.seed,
+        num_envs=parsed.num_envs,
+        granularity=parsed.granularity,
+        l0_penalty=DEFAULT_L0_PENALTY if parsed.l0_penalty is None else parsed.l0_penalty,
+        evaluate_every=parsed.evaluate_every,
+        settings=dict(_setting(text) for text in parsed.set),
+    )
+    run = train(config, parsed.logdir)
+    console.print(f"run: {run}\nnext: dsa-gym evaluate {run}\n      tensorboard --logdir {parsed.logdir}")
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    import yaml
+
+    name, separator, value = text.partition("=")
+    if not separator or not name:
+        raise ValueError(f"--set {text!r}: expected NAME=VALUE")
+    return name, yaml.safe_load(value)
+
+
+def _evaluate(parsed: argparse.Namespace) -> None:
+    from dsa_gym.experiments.evaluate import evaluate, plot, show
+    from dsa_gym.storage import write_json
+
+    result = evaluate(parsed.runs, parsed.split)
+    show(result, console)
+    picture = parsed.plot or parsed.runs[0] / f"ladder-{parsed.split}.png"
+    plot(result, picture)
+    console.print(f"plot: {picture}")
+    if parsed.json:
+        write_json(parsed.json, result)
+        console.print(f"json: {parsed.json}")
+
+
+def _demo(parsed: argparse.Namespace) -> None:
+    from dsa_gym.experiments.evaluate import evaluate, plot, show
+    from dsa_gym.experiments.train import TrainConfig, train
+    from dsa_gym.storage import write_json
+
+    console.print("Training PPO on DSA-Text-v0 with the bundled persona text ...")
+    run = train(TrainConfig(steps=parsed.steps, seed=parsed.seed), parsed.out)
+    result = evaluate([run])
+    show(result, console)
+    plot(result, parsed.out / "report.png")
+    write_json(parsed.out / "report.json", result)
+    console.print(
+        f"report: {parsed.out / 'report.png'} and {parsed.out / 'report.json'}\n"
+        f"TensorBoard: tensorboard --logdir {parsed.out}"
+    )
+
+
+def _bench(parsed: argparse.Namespace) -> None:
+    from dsa_gym.experiments.bench import bench, show
+    from dsa_gym.storage import write_json
+
+    result = bench(parsed.env, parsed.bundle, parsed.num_envs, parsed.repetitions, parsed.seed)
+    show(result, console)
+    if parsed.json:
+        write_json(parsed.json, result)
+        console.print(f"json: {parsed.json}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,212 @@
+"""Training of one agent on one environment: progress, TensorBoard, checkpoints, the run's manifest.
+
+A run is a folder: ``run.json`` (what was asked for, with which versions, on which bundle), the agent's files, TensorBoard events
+and, when it is finished, ``scores`` in ``run.json``. A killed run is continued by the same command.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from tqdm import tqdm
+
+from dsa_gym import storage
+from dsa_gym.agents import agent_class, make_agent
+from dsa_gym.agents.base import Agent
+from dsa_gym.envs import make_sb3_vec_env
+from dsa_gym.experiments.tensorboard import PolicyLog
+from dsa_gym.ladder import normalised_score
+from dsa_gym.problem import DEFAULT_L0_PENALTY, GatingProblem
+from dsa_gym.search import best_static
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """What a training run is.
+
+    Attributes:
+        env: Registered environment id.
+        agent: Registered agent.
+        bundle: Folder of the bundle; None for the shipped one.
+        steps: Environment steps.
+        seed: Seeds environment and agent.
+        num_envs: Environments in the native batch.
+        granularity: Gate granularity.
+        l0_penalty: lambda, nats per active parameter.
+        evaluate_every: Environment steps between evaluations on seen and unseen (validation) users.
+        settings: Overrides of the agent's defaults.
+    """
+
+    env: str = "DSA-Text-v0"
+    agent: str = "ppo"
+    bundle: str | None = None
+    steps: int = 500_000
+    seed: int = 0
+    num_envs: int = 256
+    granularity: str = "pathway"
+    l0_penalty: float = DEFAULT_L0_PENALTY
+    evaluate_every: int = 50_000
+    settings: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        """Check the names and ranges.
+
+        Raises:
+            ValueError: If a value is wrong; the message names it.
+        """
+        agent_class(self.agent)
+        if self.env not in gym.registry:
+            known = ", ".join(sorted(name for name in gym.registry if name.startswith("DSA-")))
+            raise ValueError(f"env={self.env!r}: not a registered id; expected one of {known}")
+        for name in ("steps", "num_envs", "evaluate_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: expected a positive integer")
+
+    @property
+    def folder_name(self) -> str:
+        """Name of the run inside the log folder."""
+        return f"{self.env}-{self.agent}-seed{self.seed}"
+
+    def problem(self, split: str) -> GatingProblem:
+        """The gating problem of another split of the same bundle, with the same gates and prices."""
+        env = gym.make(self.env, split=split, **self.env_arguments)
+        env.reset(seed=0)
+        problem: GatingProblem = env.get_wrapper_attr("problem")
+        return problem
+
+    @property
+    def env_arguments(self) -> dict[str, Any]:
+        """Arguments of the environment besides its split."""
+        return {"bundle": self.bundle, "granularity": self.granularity, "l0_penalty": self.l0_penalty}
+
+    def make_agent(self, split: str = "train") -> Agent:
+        """The untrained agent with its environments."""
+        env = make_sb3_vec_env(self.env, self.num_envs, split=split, **self.env_arguments)
+        env.seed(self.seed)
+        env.reset()
+        return make_agent(self.agent, env, self.seed, **(self.settings or {}))
+
+
+class Monitor:
+    """Evaluates an agent on seen and on validation users between updates."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        """Open the splits and score the two ends of the normalised score."""
+        static = best_static(config.problem("train"))
+        self.problems = {"seen": config.problem("seen"), "unseen": config.problem("validation")}
+        self._ends = {
+            name: (self._mean(problem, np.tile(static, (len(problem), 1))), self._mean(problem, problem.reference_gates()))
+            for name, problem in self.problems.items()
+        }
+
+    def __call__(self, agent: Agent) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+        """Scalars and decisions of the agent, by split."""
+        scalars, decisions = {}, {}
+        for name, problem in self.problems.items():
+            masks = agent.masks(problem)
+            losses = problem.losses(np.arange(len(problem)), masks)
+            active = problem.active_parameters(masks)
+            reward = float(np.mean(-losses - problem.l0_penalty * active))
+            scalars |= {
+                f"{name}/loss": float(losses.mean()),
+                f"{name}/reward": reward,
+                f"{name}/active_parameters": float(active.mean()),
+                f"{name}/density": float(active.mean()) / problem.bundle.shape.size,
+                f"{name}/normalized_score": float(normalised_score(reward, *self._ends[name])),
+            }
+            decisions[name] = masks
+        return scalars, decisions
+
+    @staticmethod
+    def _mean(problem: GatingProblem, masks: np.ndarray) -> float:
+        return float(problem.rewards(np.arange(len(problem)), masks).mean())
+
+
+def train(config: TrainConfig, logdir: Path) -> Path:
+    """Train an agent.
+
+    Args:
+        config: The run.
+        logdir: Folder of runs; TensorBoard reads it.
+
+    Returns:
+        The run's folder.
+
+    Raises:
+        ValueError: If the folder holds a run with another configuration, or an argument is wrong.
+        FloatingPointError: If the agent diverges.
+    """
+    run = Path(logdir) / config.folder_name
+    agent = config.make_agent()
+    manifest = _claim(run, config, agent)
+    if "scores" in manifest:
+        return run
+    if (run / "agent.json").is_file():
+        agent.load(run)
+    monitor = Monitor(config)
+    log = PolicyLog(run, monitor.problems["unseen"], start=agent.steps)
+    began = time.monotonic()
+    bar = tqdm(total=config.steps, initial=agent.steps, desc=config.folder_name, unit="step")
+    latest: dict[str, float] = {}
+
+    def on_update(steps: int, scalars: dict[str, float]) -> None:
+        log.scalars(steps, scalars)
+        bar.update(steps - bar.n)
+
+    while True:
+        remaining = config.steps - agent.steps
+        learned = agent.steps
+        if remaining > 0:
+            agent.learn(min(remaining, config.evaluate_every), on_update)
+        latest, decisions = monitor(agent)
+        log.evaluation(agent, latest, decisions["unseen"])
+        agent.save(run)
+        bar.set_postfix(unseen=f"{latest['unseen/normalized_score']:.2f}", density=f"{latest['unseen/density']:.2f}")
+        if agent.steps >= config.steps or agent.steps == learned:
+            break
+    bar.close()
+    manifest["seconds"] = round(manifest.get("seconds", 0.0) + time.monotonic() - began, 1)
+    manifest["scores"] = latest
+    log.hparams({"agent": config.agent, "seed": config.seed, **agent.config}, latest)
+    storage.write_json(run / "run.json", manifest)
+    return run
+
+
+def _claim(run: Path, config: TrainConfig, agent: Agent) -> dict[str, Any]:
+    """The manifest of a new run, or of the one that is there if it is the same."""
+    bundle = agent.scorer.bundle
+    asked = {
+        "config": {**asdict(config), "settings": agent.config},
+        "bundle": {"files": bundle.manifest["files"], "data": bundle.manifest["data"]},
+    }
+    if (run / "run.json").is_file():
+        manifest: dict[str, Any] = storage.read_json(run / "run.json")
+        if any(manifest.get(name) != value for name, value in asked.items()):
+            raise ValueError(f"logdir: {run} holds a run with another configuration or bundle; give a new folder")
+        return manifest
+    manifest = {**asked, "versions": storage.versions()}
+    storage.write_json(run / "run.json", manifest)
+    return manifest
+
+
+def load_run(run: Path) -> tuple[TrainConfig, Agent]:
+    """Load a finished run's configuration and agent.
+
+    Raises:
+        ValueError: If the folder is no finished run.
+    """
+    run = Path(run)
+    if not (run / "run.json").is_file():
+        raise ValueError(f"run={str(run)!r}: no run.json there; expected a folder written by 'dsa-gym train'")
+    manifest = storage.read_json(run / "run.json")
+    if "scores" not in manifest:
+        raise ValueError(f"run={str(run)!r}: not finished; continue it with the command that began it")
+    config = TrainConfig(**manifest["config"])
+    agent = config.make_agent()
+    agent.load(run)
+    return config, agent

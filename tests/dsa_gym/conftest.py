@@ -1,0 +1,81 @@
+"""A small world for the tests: a random GPT-2 with its own tokenizer, users who differ, and an adapted model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from dsa_gym.backbone import Backbone
+from dsa_gym.domains.text import TextDomain
+from dsa_gym.model import AdaptedModel
+from dsa_gym.observations import fit_projection
+from dsa_gym.pathways import AdapterShape
+from dsa_gym.population import Population, SplitConfig, encode_population
+from dsa_gym.pretrain import train_tokenizer
+
+WORDS = "river stone cloud amber quiet garden seven lantern winter music paper window ocean candle forest".split()
+
+
+def user_texts(user: int, count: int = 10, words: int = 12) -> list[str]:
+    """Texts of a user who prefers some words to others."""
+    draw = np.random.default_rng(user)
+    weights = draw.dirichlet(np.full(len(WORDS), 0.3))
+    return [" ".join(draw.choice(WORDS, size=words, p=weights)) for _ in range(count)]
+
+
+@pytest.fixture(scope="session")
+def backbone_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Hugging Face folder with a GPT-2 of two layers of width 16 and a byte-level BPE tokenizer."""
+    folder = tmp_path_factory.mktemp("backbone")
+    tokenizer = train_tokenizer([" ".join(WORDS), *user_texts(0, 40)], 300)
+    tokenizer.save_pretrained(folder)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        GPT2LMHeadModel(
+            GPT2Config(
+                vocab_size=300,
+                n_positions=24,
+                n_embd=16,
+                n_layer=2,
+                n_head=2,
+                resid_pdrop=0.0,
+                embd_pdrop=0.0,
+                attn_pdrop=0.0,
+                bos_token_id=0,
+                eos_token_id=0,
+            )
+        ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def domain(backbone_folder: Path) -> TextDomain:
+    return TextDomain.build(str(backbone_folder), max_tokens=16, prefix_tokens=5, min_target=4)
+
+
+@pytest.fixture
+def tiny(backbone_folder: Path, domain: TextDomain) -> AdaptedModel:
+    """An adapted model with four sites, rank 4 in two pathways, and no dropout."""
+    backbone = Backbone.load(backbone_folder)
+    return AdaptedModel(backbone, domain, AdapterShape(backbone.sites, rank=4, pathways=2, dropout=0.0))
+
+
+@pytest.fixture(scope="session")
+def population(domain: TextDomain) -> Population:
+    """Eight users of ten texts each: five train, one validates, two test."""
+    raw = [(f"user{i}", user_texts(i)) for i in range(8)]
+    config = SplitConfig(validation=0.15, test=0.25, min_examples=5)
+    return encode_population(raw, domain, config)[0]
+
+
+@pytest.fixture
+def observed(tiny: AdaptedModel, population: Population) -> tuple[torch.Tensor, torch.Tensor]:
+    """Whitened observations of all users (users, 3) and of all examples (N, 4)."""
+    whole = tiny.features(population.examples, context=False)
+    context = tiny.features(population.examples, context=True)
+    of_user = torch.stack([whole[population.rows(u, "support")].mean(0) for u in range(len(population.users))])
+    return fit_projection(of_user, 3)(of_user), fit_projection(context, 4)(context)

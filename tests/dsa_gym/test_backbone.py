@@ -1,0 +1,388 @@
+"""Backbones: sites of every architecture, adapters that change nothing when off, loading and its errors."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from dsa_gym.backbone import KINDS, SHIPPED, Backbone, load_tokenizer
+from dsa_gym.pathways import ActiveAdapters, AdapterShape
+
+LAYERS = 3
+_BASE = dict(
+    vocab_size=61,
+    hidden_size=16,
+    num_hidden_layers=LAYERS,
+    num_attention_heads=2,
+    intermediate_size=24,
+    max_position_embeddings=32,
+    pad_token_id=0,
+    bos_token_id=0,
+    eos_token_id=0,
+)
+_GROUPED = dict(_BASE, num_key_value_heads=1, head_dim=8)
+_GPT2 = dict(
+    vocab_size=61, n_positions=32, n_embd=16, n_layer=LAYERS, n_head=2, bos_token_id=0, eos_token_id=0
+)
+_OPT = dict(
+    vocab_size=61,
+    hidden_size=16,
+    word_embed_proj_dim=16,
+    num_hidden_layers=LAYERS,
+    num_attention_heads=2,
+    ffn_dim=24,
+    max_position_embeddings=32,
+)
+
+# name -> (configuration, path of the blocks, module after attention, module after feed-forward)
+ARCHITECTURES: dict[str, tuple[Any, str, str, str]] = {
+    "gpt2": (hf.GPT2Config(**_GPT2), "transformer.h", "attn", "mlp"),
+    "gpt-neox": (hf.GPTNeoXConfig(**_BASE), "gpt_neox.layers", "attention", "mlp"),
+    "opt": (hf.OPTConfig(**_OPT), "model.decoder.layers", "self_attn", "fc2"),
+    "llama": (hf.LlamaConfig(**_GROUPED), "model.layers", "self_attn", "mlp"),
+    "mistral": (hf.MistralConfig(**_GROUPED), "model.layers", "self_attn", "mlp"),
+    "qwen2": (hf.Qwen2Config(**_BASE, num_key_value_heads=1), "model.layers", "self_attn", "mlp"),
+    "qwen3": (hf.Qwen3Config(**_GROUPED), "model.layers", "self_attn", "mlp"),
+    "gemma": (hf.GemmaConfig(**_GROUPED), "model.layers", "self_attn", "mlp"),
+    "gemma2": (
+        hf.Gemma2Config(**_GROUPED),
+        "model.layers",
+        "post_attention_layernorm",
+        "post_feedforward_layernorm",
+    ),
+    "gemma3": (
+        hf.Gemma3TextConfig(**_GROUPED),
+        "model.layers",
+        "post_attention_layernorm",
+        "post_feedforward_layernorm",
+    ),
+    "bert": (hf.BertConfig(**_BASE), "bert.encoder.layer", "attention.output.dense", "output.dense"),
+    "roberta": (hf.RobertaConfig(**_BASE), "roberta.encoder.layer", "attention.output.dense", "output.dense"),
+}
+
+
+def build(name: str) -> nn.Module:
+    """A small random model of an architecture."""
+    auto = hf.AutoModelForMaskedLM if name in ("bert", "roberta") else hf.AutoModelForCausalLM
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return auto.from_config(ARCHITECTURES[name][0]).eval()
+
+
+def random_phi(shape: AdapterShape, users: int, seed: int = 0) -> Tensor:
+    """Parameters (users, P) that change something at every site."""
+    return torch.randn(users, shape.size, generator=torch.Generator().manual_seed(seed)) * 0.3
+
+
+@torch.no_grad()
+def logits(backbone: Backbone, adapters: ActiveAdapters | None) -> Tensor:
+    tokens = torch.randint(3, 60, (4, 7), generator=torch.Generator().manual_seed(1))
+    with backbone.adapted(adapters) as model:
+        return model(input_ids=tokens).logits
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_sites_are_in_order_of_execution(name: str) -> None:
+    _, path, attention, feed_forward = ARCHITECTURES[name]
+    backbone = Backbone(build(name))
+    expected = [
+        (f"{path}.{layer}.{module}", layer, kind, 16)
+        for layer in range(LAYERS)
+        for kind, module in zip(KINDS, (attention, feed_forward), strict=True)
+    ]
+    assert [(s.module, s.layer, s.kind, s.width) for s in backbone.sites] == expected
+    executed: list[str] = []
+    for site in backbone.sites:
+        module = backbone.model.get_submodule(site.module)
+        module.register_forward_hook(lambda *_, name=site.module: executed.append(name))
+    logits(backbone, None)
+    assert executed == [site.module for site in backbone.sites]
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_adapters_that_are_off_change_no_bit(name: str) -> None:
+    model = build(name)
+    tokens = torch.randint(3, 60, (4, 7), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        untouched = model(input_ids=tokens).logits
+    backbone = Backbone(model)
+    shape = AdapterShape(backbone.sites, rank=4, pathways=2)
+    phi = random_phi(shape, 2)
+    closed = phi.clone()
+    closed[:, shape.half :] = 0.0
+    gates = torch.zeros(4, len(shape.sites), 4)
+    assert torch.equal(logits(backbone, None), untouched)
+    assert torch.equal(logits(backbone, ActiveAdapters(shape, closed)), untouched)
+    assert torch.equal(logits(backbone, ActiveAdapters(shape, phi, gates)), untouched)
+    one = gates.clone()
+    one[:, :, 1] = 1.0
+    changed = logits(backbone, ActiveAdapters(shape, phi, one))
+    assert not torch.equal(changed, untouched)
+    assert not torch.equal(logits(backbone, ActiveAdapters(shape, phi)), changed)
+    assert torch.equal(logits(backbone, None), untouched)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_site_reaches_the_logits(name: str) -> None:
+    backbone = Backbone(build(name))
+    shape = AdapterShape(backbone.sites, rank=2, pathways=1)
+    phi = random_phi(shape, 1)
+    untouched = logits(backbone, None)
+    for index in range(len(shape.sites)):
+        gates = torch.zeros(4, len(shape.sites), 2)
+        gates[2, index] = 1.0
+        changed = (logits(backbone, ActiveAdapters(shape, phi, gates)) != untouched).flatten(1).any(1)
+        # the row whose gate is on, and no other
+        assert changed.tolist() == [False, False, True, False]
+
+
+def test_sites_add_the_adapter_before_the_residual() -> None:
+    """The hidden states that the next sublayer sees are the residual stream plus the adapted output."""
+    backbone = Backbone(build("llama"), layers=[0], kinds=["attention"])
+    shape = AdapterShape(backbone.sites, rank=4, pathways=2)
+    phi = random_phi(shape, 1)
+    block = backbone.model.get_submodule("model.layers.0")
+    seen: dict[str, Tensor] = {}
+    block.register_forward_pre_hook(lambda _m, args: seen.__setitem__("residual", args[0]))
+    attention = block.get_submodule("self_attn")
+    # hooks run in the order of registration: this one sees what the adapter returned
+    attention.register_forward_hook(lambda _m, _a, out: seen.__setitem__("adapted", out[0]))
+    norm = block.get_submodule("post_attention_layernorm")
+    norm.register_forward_pre_hook(lambda _m, args: seen.__setitem__("stream", args[0]))
+    logits(backbone, None)
+    plain = seen["adapted"]
+    logits(backbone, ActiveAdapters(shape, phi))
+    up, down = (matrix[0] for matrix in shape.matrices(phi, 0))
+    torch.testing.assert_close(seen["adapted"], plain + torch.relu(plain @ up) @ down)
+    torch.testing.assert_close(seen["stream"], seen["residual"] + seen["adapted"])
+
+
+def test_layers_and_kinds_select_sites() -> None:
+    model = build("gpt2")
+    backbone = Backbone(model, layers=[-1, 0, 2], kinds=["feed_forward"])
+    assert [(site.layer, site.kind) for site in backbone.sites] == [(0, "feed_forward"), (2, "feed_forward")]
+    shape = AdapterShape(backbone.sites, rank=2, pathways=1)
+    assert not torch.equal(logits(backbone, ActiveAdapters(shape, random_phi(shape, 1))), logits(backbone, None))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"layers": [3]}, "layers: 3 is out of range, the model has 3 blocks"),
+        ({"layers": [-4]}, "layers: -4 is out of range"),
+        ({"layers": []}, r"layers=\[\]"),
+        ({"kinds": ["attention", "mlp"]}, "kinds=.*expected one or both"),
+        ({"kinds": []}, "kinds=.*expected one or both"),
+        ({"site_names": ("attn", "nothing")}, r"site_names=\('attn', 'nothing'\): no adapter sites"),
+    ],
+)
+def test_what_is_not_there_cannot_be_selected(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Backbone(build("gpt2"), **arguments)
+
+
+class OddBlock(nn.Module):
+    """A block whose modules have names that nobody uses."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.look, self.think = nn.Linear(width, width), nn.Linear(width, width)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        hidden = hidden + self.look(hidden)
+        return hidden + self.think(hidden)
+
+
+class OddModel(nn.Module):
+    """An architecture that is not known."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        text = SimpleNamespace(hidden_size=width)
+        self.config = SimpleNamespace(get_text_config=lambda: text)
+        self.embed = nn.Embedding(61, width)
+        self.tower = nn.ModuleList([OddBlock(width) for _ in range(2)])
+
+    def forward(self, input_ids: Tensor) -> SimpleNamespace:
+        hidden = self.embed(input_ids)
+        for block in self.tower:
+            hidden = block(hidden)
+        return SimpleNamespace(logits=hidden)
+
+
+def test_unknown_architecture_says_how_to_name_sites() -> None:
+    with pytest.raises(ValueError, match=r"'OddModel': no adapter sites found. Give site_names="):
+        Backbone(OddModel())
+
+
+def test_site_names_describe_an_unknown_architecture() -> None:
+    torch.manual_seed(0)
+    backbone = Backbone(OddModel(), site_names=("look", "think"))
+    assert [site.module for site in backbone.sites] == [
+        "tower.0.look",
+        "tower.0.think",
+        "tower.1.look",
+        "tower.1.think",
+    ]
+    shape = AdapterShape(backbone.sites, rank=2, pathways=1)
+    untouched = logits(backbone, None)
+    phi = random_phi(shape, 1)
+    assert not torch.equal(logits(backbone, ActiveAdapters(shape, phi)), untouched)
+    assert torch.equal(logits(backbone, ActiveAdapters(shape, phi, torch.zeros(4, 4, 2))), untouched)
+
+
+def test_adapters_are_removed_after_an_error() -> None:
+    backbone = Backbone(build("gpt2"))
+    shape = AdapterShape(backbone.sites, rank=2, pathways=1)
+    untouched = logits(backbone, None)
+    with pytest.raises(KeyError), backbone.adapted(ActiveAdapters(shape, random_phi(shape, 1))):
+        raise KeyError
+    assert torch.equal(logits(backbone, None), untouched)
+
+
+def test_everything_is_frozen_and_in_eval_mode() -> None:
+    backbone = Backbone(build("gpt2").train())
+    assert not any(p.requires_grad for p in backbone.model.parameters())
+    assert not any(module.training for module in backbone.model.modules())
+
+
+def test_load_a_folder(backbone_folder: Path) -> None:
+    backbone = Backbone.load(backbone_folder)
+    assert backbone.source == str(backbone_folder)
+    assert len(backbone.sites) == 4
+    assert backbone.config.vocab_size == 300
+    assert backbone.device.type == "cpu"
+    assert Backbone.load(str(backbone_folder), layers=[1], kinds=["attention"]).sites == backbone.sites[2:3]
+    assert load_tokenizer(backbone_folder).bos_token_id == 0
+
+
+@pytest.mark.skipif(not SHIPPED["dsa-text"].is_dir(), reason="the shipped backbone is not made yet")
+def test_load_the_shipped_backbone() -> None:
+    backbone = Backbone.load("dsa-text")
+    assert backbone.source == "dsa-text"
+    assert len(backbone.sites) == 2 * backbone.config.num_hidden_layers
+    assert load_tokenizer("dsa-text").vocab_size <= backbone.config.vocab_size
+
+
+def test_load_a_masked_language_model(tmp_path: Path) -> None:
+    build("bert").save_pretrained(tmp_path)
+    backbone = Backbone.load(tmp_path)
+    assert type(backbone.model).__name__ == "BertForMaskedLM"
+    assert len(backbone.sites) == 2 * LAYERS
+
+
+def test_load_a_model_without_a_head(tmp_path: Path) -> None:
+    with torch.random.fork_rng(devices=[]):
+        hf.GPT2Model(ARCHITECTURES["gpt2"][0]).save_pretrained(tmp_path)
+    backbone = Backbone.load(tmp_path)
+    assert type(backbone.model).__name__ == "GPT2Model"
+    assert backbone.sites[0].module == "h.0.attn"
+
+
+def test_load_in_half_precision(backbone_folder: Path) -> None:
+    backbone = Backbone.load(backbone_folder, dtype=torch.bfloat16)
+    assert {p.dtype for p in backbone.model.parameters()} == {torch.bfloat16}
+    shape = AdapterShape(backbone.sites, rank=2, pathways=1)
+    phi = random_phi(shape, 2)
+    gates = torch.zeros(4, len(shape.sites), 2)
+    untouched = logits(backbone, None)
+    assert untouched.dtype == torch.bfloat16
+    assert torch.equal(logits(backbone, ActiveAdapters(shape, phi, gates)), untouched)
+    assert not torch.equal(logits(backbone, ActiveAdapters(shape, phi, gates + 1)), untouched)
+
+
+def copy_of(folder: Path, target: Path) -> Path:
+    shutil.copytree(folder, target)
+    return target
+
+
+def rewrite(folder: Path, change: Any) -> None:
+    """Change the tensors of a checkpoint."""
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+WEIGHT = "transformer.h.1.mlp.c_fc.weight"
+
+
+def test_missing_folder(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"backbone=.*nowhere.*weights cannot be loaded.*expected 'dsa-text'"):
+        Backbone.load(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="backbone='no-such-user/no-such-model': weights cannot be loaded"):
+        Backbone.load("no-such-user/no-such-model")
+
+
+def test_folder_without_weights(backbone_folder: Path, tmp_path: Path) -> None:
+    folder = copy_of(backbone_folder, tmp_path / "copy")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="weights cannot be loaded"):
+        Backbone.load(folder)
+
+
+def test_truncated_weights(backbone_folder: Path, tmp_path: Path) -> None:
+    folder = copy_of(backbone_folder, tmp_path / "copy")
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:3000])
+    with pytest.raises(ValueError, match="weights cannot be loaded"):
+        Backbone.load(folder)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"model_type": "never-heard-of"}'])
+def test_broken_configuration(backbone_folder: Path, tmp_path: Path, content: str) -> None:
+    folder = copy_of(backbone_folder, tmp_path / "copy")
+    (folder / "config.json").write_text(content)
+    with pytest.raises(ValueError, match="weights cannot be loaded"):
+        Backbone.load(folder)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite(backbone_folder: Path, tmp_path: Path, value: float) -> None:
+    folder = copy_of(backbone_folder, tmp_path / "copy")
+    rewrite(folder, lambda tensors: tensors[WEIGHT].view(-1)[3:4].fill_(value))
+    with pytest.raises(ValueError, match=f"weights are not finite, first in '{WEIGHT}'"):
+        Backbone.load(folder)
+
+
+def test_missing_tensors_are_not_made_up(backbone_folder: Path, tmp_path: Path) -> None:
+    folder = copy_of(backbone_folder, tmp_path / "copy")
+    rewrite(folder, lambda tensors: tensors.pop(WEIGHT))
+    with pytest.raises(ValueError, match=f"1 tensors of GPT2LMHeadModel are missing.*'{WEIGHT}'"):
+        Backbone.load(folder)
+
+
+def test_mismatched_tensors_are_not_made_up(backbone_folder: Path, tmp_path: Path) -> None:
+    folder = copy_of(backbone_folder, tmp_path / "copy")
+    rewrite(folder, lambda tensors: tensors.__setitem__(WEIGHT, torch.zeros(3, 64)))
+    with pytest.raises(ValueError, match="weights cannot be loaded"):
+        Backbone.load(folder)
+
+
+def test_more_layers_than_weights(backbone_folder: Path, tmp_path: Path) -> None:
+    folder = copy_of(backbone_folder, tmp_path / "copy")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"n_layer": 3}))
+    with pytest.raises(ValueError, match=r"12 tensors of GPT2LMHeadModel are missing.*'transformer\.h\.2\."):
+        Backbone.load(folder)
+
+
+@pytest.mark.parametrize("damage", ["missing", "broken"])
+def test_no_tokenizer(backbone_folder: Path, tmp_path: Path, damage: str) -> None:
+    folder = copy_of(backbone_folder, tmp_path / "copy")
+    for path in folder.glob("*token*"):
+        path.unlink()
+    if damage == "broken":
+        (folder / "tokenizer.json").write_text("{")
+    with pytest.raises(ValueError, match=r"no tokenizer can be loaded.*expected tokenizer\.json"):
+        load_tokenizer(folder)
+    with pytest.raises(ValueError, match="no tokenizer can be loaded"):
+        load_tokenizer(tmp_path / "nowhere")
