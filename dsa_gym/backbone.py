@@ -159,6 +159,12 @@ def load_tokenizer(source: str | Path) -> Any:
             f"backbone={str(source)!r}: no tokenizer can be loaded ({_first_line(error)}); expected tokenizer.json "
             "beside the weights"
         ) from error
+    # without files, some architectures get a tokenizer that knows special tokens only
+    if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
+        raise ValueError(
+            f"backbone={str(source)!r}: no tokenizer can be loaded (its vocabulary is empty); expected tokenizer.json "
+            "beside the weights"
+        )
     return tokenizer
 
 
@@ -185,6 +191,8 @@ def find_sites(
             "inside a transformer block whose outputs are added to the residual stream, e.g. ('self_attn', 'mlp')"
         )
     path, count, names = found
+    if layers is not None and not len(layers):
+        raise ValueError("layers=[]: expected at least one block, or None for all")
     width = model.config.get_text_config().hidden_size  # type: ignore[operator, union-attr]
     chosen = range(count) if layers is None else [_layer_index(layer, count) for layer in layers]
     return tuple(

@@ -86,7 +86,7 @@ class GatingNetwork(nn.Module):
             ValueError: If ``gates`` is not a multiple of ``group`` or a group is smaller than ``config.active``.
         """
         super().__init__()
-        if gates % group or group < 1:
+        if group < 1 or gates % group:
             raise ValueError(f"gates={gates}: expected a multiple of group={group}")
         if config.relaxation == "topk" and config.active > group:
             raise ValueError(f"active={config.active}: expected at most the {group} pathways of a group")

@@ -54,8 +54,8 @@ class LibraryTrainingConfig:
 
     algorithm: Algorithm = "maml"
     inner_steps: int = 1
-    inner_lr: float = 0.5
-    steps: int = 1000
+    inner_lr: float = 0.3
+    steps: int = 800
     users: int = 16
     support: int = 4
     query: int = 8

@@ -276,7 +276,9 @@ def pretrain_text(
             group["lr"] = _rate(step, config)
         loss = next_token_loss(model, windows(train, starts, config.window))
         if not torch.isfinite(loss):
-            raise FloatingPointError(f"pre-training loss is {float(loss)} at step {step}: lower learning_rate")
+            raise FloatingPointError(
+                f"pre-training loss is {float(loss.detach())} at step {step}: lower learning_rate"
+            )
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -284,7 +286,7 @@ def pretrain_text(
         step += 1
         bar.update()
         if step % 50 == 0:
-            bar.set_postfix(loss=f"{float(loss):.3f}")
+            bar.set_postfix(loss=f"{float(loss.detach()):.3f}")
         if step % checkpoint_every == 0 and step < config.steps:
             _checkpoint(state_file, model, optimizer, step, time.monotonic() - began)
     bar.close()

@@ -1,8 +1,8 @@
 """Pictures of one step: who the user is, what was read, which pathways were on, and what that cost.
 
-Two pure functions of a `Frame`: `ansi` for terminals and `rgb_array` for videos and slides. Both show the reward as what
-it is, `-(loss + penalty)`, and the density beside it, because a mask that collapsed to all-on or all-off looks healthy in
-the reward alone.
+Two pure functions of a `Frame`: `ansi` for terminals and `rgb_array` for videos and slides. Both show the
+reward as what it is, `-(loss + penalty)`, and the density beside it, because a mask that collapsed to all-on
+or all-off looks healthy in the reward alone.
 """
 
 from __future__ import annotations
@@ -32,8 +32,9 @@ class Frame:
 
     Attributes:
         user: The user's id.
-        parts: Readable parts of the input, in order. The last one is the target that the loss scores; those before it are
-            its context. For text: `{"prompt": ..., "continuation": ...}`. Empty parts are not drawn.
+        parts: Readable parts of the input, in order. The last one is the target that the loss scores; those
+            before it are its context. For text: `{"prompt": ..., "continuation": ...}`. Empty parts
+            are left out.
         mask: `(sites, pathways)` share of each pathway's parameters that is on at each site, 0..1.
         site_labels: One label per site, such as `"L0 attn"`.
         layers: Layer index of each site; neighbouring sites of one layer are drawn as a group.
@@ -89,24 +90,39 @@ class _Outcome:
         return f"{100 * self.active / max(self.total, 1):.1f} %"
 
 
+def _number(value: float, digits: int) -> str:
+    return f"{value:,.{digits}f}" if abs(value) < 1e6 or not math.isfinite(value) else f"{value:.{digits}e}"
+
+
+def _minus(text: str) -> str:
+    """Typeset: a hyphen is too short for a minus."""
+    return text.replace("-", "\N{MINUS SIGN}")
+
+
 def _outcome(frame: Frame) -> _Outcome | None:
     if frame.loss is None or frame.penalty is None or frame.active_parameters is None:
         return None
     return _Outcome(frame.loss, frame.penalty, frame.active_parameters, frame.total_parameters)
 
 
-# ---------------------------------------------------------------------------------------------------------------- text
+# ------------------------------------------------------------------------------------------------------- text
 
 Measure = Callable[[str], float]
 Keep = Literal["start", "end"]
-_LONGEST = 4000  # characters; a user's text may be megabytes, and this fills every picture
+# Characters. A user's text may be megabytes; these fill every picture.
+_LONGEST_PART, _LONGEST_NAME = 4000, 400
 
 
 def _clean(text: str) -> str:
     """One line of printable text: users' data must not move the cursor or break an encoder."""
-    # Cc: control (escape codes); Cf: invisible format (bidi overrides); Cs: lone surrogates, which UTF-8 refuses.
+    # Cc: control (escape codes); Cf: format (bidi overrides); Cs: lone surrogates, which UTF-8 refuses.
     kinds = {"Cc": " ", "Zl": " ", "Zp": " ", "Cf": "", "Cs": "\N{REPLACEMENT CHARACTER}"}
     return " ".join("".join(kinds.get(unicodedata.category(char), char) for char in text).split())
+
+
+def _name(text: str) -> str:
+    """A clean user id, label or list of gates."""
+    return _clean(text if len(text) <= _LONGEST_NAME else text[:_LONGEST_NAME] + "…")
 
 
 def _columns(text: str) -> int:
@@ -146,7 +162,7 @@ def _words(text: str, width: float, measure: Measure) -> Iterator[str]:
 
 
 def _wrap(text: str, width: float, lines: int, measure: Measure, keep: Keep = "start") -> list[str]:
-    """At most `lines` lines of at most `width`; what is too long loses its end or (keep="end") its beginning."""
+    """At most `lines` lines of at most `width`; a longer text loses its end or (keep="end") its beginning."""
     longest = lines * (int(width / measure("l")) + 1)  # characters worth measuring
     piece = text[:longest] if keep == "start" else text[-longest:]
     wrapped: list[str] = []
@@ -170,10 +186,10 @@ def _parts(frame: Frame, most: int) -> list[tuple[str, str, bool]]:
     shown = []
     for name, text in frame.parts.items():
         target = name == last
-        if len(text) > _LONGEST:
-            text = text[:_LONGEST] + "…" if target else "…" + text[-_LONGEST:]
+        if len(text) > _LONGEST_PART:
+            text = text[:_LONGEST_PART] + "…" if target else "…" + text[-_LONGEST_PART:]
         if cleaned := _clean(text):
-            shown.append((_clean(name), cleaned, target))
+            shown.append((_name(name), cleaned, target))
     return shown[-most:]
 
 
@@ -183,7 +199,7 @@ def _layers(frame: Frame) -> Iterator[tuple[int, list[int]]]:
         yield layer, list(sites)
 
 
-# ---------------------------------------------------------------------------------------------------------------- ansi
+# ------------------------------------------------------------------------------------------------------- ansi
 
 _RESET, _BOLD, _DIM, _CYAN = "\x1b[0m", "\x1b[1m", "\x1b[2m", "\x1b[36m"
 _ON, _PARTLY, _OFF = ("█", "\x1b[32m"), ("▄", "\x1b[33m"), ("░", "\x1b[90m")
@@ -197,13 +213,13 @@ def ansi(frame: Frame) -> str:
         frame: What to draw.
 
     Returns:
-        Lines of at most 100 columns with ANSI colours: the user, the parts of the input (context dim, target bold), the
-        mask with one row per layer (full, half and empty blocks for pathways that are on, partly on and off), the gates,
-        and the reward with its parts in nats. No newline at the end.
+        Lines of at most 100 columns with ANSI colours: the user, the parts of the input (context dim, target
+        bold), the mask with one row per layer (full, half and empty blocks for pathways that are on, partly
+        on and off), the gates, and the reward with its parts in nats. No newline at the end.
     """
     sites, pathways = frame.mask.shape
     width = ANSI_WIDTH - _GUTTER
-    lines = [_row("user", _style(_BOLD, _fit(_clean(frame.user), width, _columns)))]
+    lines = [_row("user", _style(_BOLD, _fit(_name(frame.user), width, _columns)))]
     for name, text, target in _parts(frame, most=6):
         wrapped = _wrap(text, width, 4, _columns, "start" if target else "end")
         names = itertools.chain([_fit(name, _GUTTER - 1, _columns)], itertools.repeat(""))
@@ -211,15 +227,15 @@ def ansi(frame: Frame) -> str:
     lines += [_row("mask", _style(_DIM, f"{sites} sites x {pathways} pathways, P0 first"))]
     lines += _ansi_mask(frame)
     if frame.gates:
-        lines.append(_row("gates", _fit(_clean(frame.gates), width, _columns)))
+        lines.append(_row("gates", _fit(_name(frame.gates), width, _columns)))
     outcome = _outcome(frame)
     if outcome is None:
         lines.append(_row("reward", _style(_DIM, NO_DECISION)))
     else:
         lines += [
-            _row("loss", f"{outcome.loss:.4f} nats"),
-            _row("penalty", f"{outcome.penalty:.4f} nats"),
-            _row("reward", _style(_BOLD, f"{outcome.reward:.4f} nats")),
+            _row("loss", f"{_number(outcome.loss, 4)} nats"),
+            _row("penalty", f"{_number(outcome.penalty, 4)} nats"),
+            _row("reward", _style(_BOLD, f"{_number(outcome.reward, 4)} nats")),
             _row("density", f"{outcome.density} on: {outcome.active:,} of {outcome.total:,} parameters"),
         ]
     return "\n".join(lines)
@@ -273,7 +289,7 @@ def _ansi_cells(shares: NDArray[np.float32], pitch: int) -> str:
     )
 
 
-# ----------------------------------------------------------------------------------------------------------- rgb_array
+# -------------------------------------------------------------------------------------------------- rgb_array
 
 Colour = tuple[int, int, int]
 _WHITE: Colour = (255, 255, 255)
@@ -303,7 +319,8 @@ def rgb_array(frame: Frame, *, width: int = 960, height: int = 540) -> NDArray[n
     """
     if width < MIN_WIDTH or height < MIN_HEIGHT:
         raise ValueError(
-            f"width, height = {width}, {height}: too small to draw; expected at least {MIN_WIDTH}, {MIN_HEIGHT}"
+            f"width, height = {width}, {height}: too small to draw; "
+            f"expected at least {MIN_WIDTH}, {MIN_HEIGHT}"
         )
     image = Image.new("RGB", (width, height), _WHITE)
     pen = _Pen(ImageDraw.Draw(image), min(width / 960, height / 540))
@@ -353,12 +370,10 @@ def _draw_title(pen: _Pen, frame: Frame, left: int, right: int) -> int:
     baseline, small, large = pen.px(46), pen.font(14), pen.font(24, "-Bold")
     mono = pen.font(14, "Mono")
     name_at = left + round(small.getlength("user")) + pen.px(10)
-    gates = _fit(_clean(frame.gates), 0.42 * (right - left), mono.getlength)
+    gates = _fit(_name(frame.gates), 0.42 * (right - left), mono.getlength)
     gates_at = right - round(mono.getlength(gates))
     pen.text(left, baseline, "user", small, _GREY)
-    pen.text(
-        name_at, baseline, _fit(_clean(frame.user), 0.4 * (right - left), large.getlength), large, _INK
-    )
+    pen.text(name_at, baseline, _fit(_name(frame.user), 0.4 * (right - left), large.getlength), large, _INK)
     if gates:
         pen.text(gates_at, baseline, gates, mono, _INK)
         pen.text(gates_at - pen.px(10), baseline, "gates", small, _GREY, "rs")
@@ -401,7 +416,7 @@ def _draw_mask(pen: _Pen, frame: Frame, area: tuple[int, int, int, int]) -> None
     pen.text(left, heading, "Mask", pen.font(15, "-Bold"), _INK)
     sites, pathways = frame.mask.shape
     groups = list(_layers(frame))
-    labels = [_fit(_clean(label), pen.px(120), small.getlength) for label in frame.site_labels]
+    labels = [_fit(_name(label), pen.px(120), small.getlength) for label in frame.site_labels]
     gutter = round(max(small.getlength(text) for text in [*labels, "L00"])) + pen.px(12)
     # The space between layers shrinks before the cells do.
     between = min(pen.px(6), int(0.2 * (bottom - top) / len(groups)))
@@ -411,7 +426,11 @@ def _draw_mask(pen: _Pen, frame: Frame, area: tuple[int, int, int, int]) -> None
     cell_height, cell_width = (math.floor(size) if size >= 3 else size for size in (cell_height, cell_width))
     space = 0 if min(cell_height, cell_width) < 4 else 1 if min(cell_height, cell_width) < 14 else 2
     xs = [left + gutter + round(column * cell_width) for column in range(pathways + 1)]
-    ys = [top + round(site * cell_height) + group * between for group, (_, of) in enumerate(groups) for site in of]
+    ys = [
+        top + round(site * cell_height) + group * between
+        for group, (_, of) in enumerate(groups)
+        for site in of
+    ]
 
     _draw_legend(pen, max(xs[-1] - space, left + pen.px(220)), heading, small)
     step = math.ceil((small.getlength(f"P{pathways - 1}") + pen.px(4)) / cell_width)
@@ -423,7 +442,7 @@ def _draw_mask(pen: _Pen, frame: Frame, area: tuple[int, int, int, int]) -> None
             end = max(xs[column] + 1, xs[column + 1] - space)
             pen.box(xs[column], y, end, max(y + 1, y + round(cell_height) - space), _shade(share))
 
-    line = small.size + 1
+    line = small.size
     label_at = left + gutter - pen.px(8)
     if cell_height >= line:
         rows = [(y + cell_height / 2, label) for y, label in zip(ys, labels, strict=True)]
@@ -443,13 +462,9 @@ def _draw_legend(pen: _Pen, right: int, baseline: int, font: ImageFont.FreeTypeF
         pen.box(x + step * size, baseline - size, x + (step + 1) * size, baseline, _shade(step / (steps - 1)))
 
 
-def _number(value: float, digits: int = 3) -> str:
-    return f"{value:,.{digits}f}".replace("-", "\N{MINUS SIGN}")
-
-
 def _ceiling(value: float) -> float:
-    """The next round number, few enough of them that the axis seldom changes between the frames of a video."""
-    if not 0 < value < 1e12:
+    """The next round number, of few, so that the axis seldom changes between the frames of a video."""
+    if not 1e-300 < value < 1e300:
         return 1.0
     unit = 10.0 ** math.floor(math.log10(value))
     return next(step * unit for step in (1, 2, 3, 4, 6, 8, 10, 20) if value <= step * unit)
@@ -466,7 +481,7 @@ def _draw_reward(pen: _Pen, frame: Frame, area: tuple[int, int, int, int]) -> No
         pen.text((left + right) / 2, top + pen.px(62), NO_DECISION, body, _GREY, "mm")
         return
     large = pen.font(34, "-Bold")
-    reward = _fit(_number(outcome.reward), right - left - pen.px(50), large.getlength)
+    reward = _fit(_minus(_number(outcome.reward, 3)), right - left - pen.px(50), large.getlength)
     baseline = top + pen.px(58)
     pen.text(left, baseline, reward, large, _INK)
     pen.text(left + large.getlength(reward) + pen.px(8), baseline, "nats", body, _GREY)
@@ -476,7 +491,7 @@ def _draw_reward(pen: _Pen, frame: Frame, area: tuple[int, int, int, int]) -> No
     for name, value, colour in (("loss", outcome.loss, _LOSS), ("penalty", outcome.penalty, _PENALTY)):
         pen.box(left, y - pen.px(11), left + pen.px(11), y, colour)
         pen.text(left + pen.px(19), y, name, body, _GREY)
-        pen.text(right, y, f"{_number(value)} nats", body, _INK, "rs")
+        pen.text(right, y, f"{_minus(_number(value, 3))} nats", body, _INK, "rs")
         y += pen.px(23)
     y += pen.px(20)
     pen.text(left, y, "Density", heading, _INK)
@@ -493,11 +508,13 @@ def _draw_reward(pen: _Pen, frame: Frame, area: tuple[int, int, int, int]) -> No
 def _draw_stack(pen: _Pen, outcome: _Outcome, left: int, right: int, top: int) -> None:
     """Loss and penalty end to end from zero, negative parts to its left, over an axis in nats."""
     parts = [(value, colour) for value, colour in ((outcome.loss, _LOSS), (outcome.penalty, _PENALTY))]
-    parts = [(value, colour) for value, colour in parts if math.isfinite(value)]
+    if not math.isfinite(outcome.reward):
+        parts = []  # a bar of what is left would look like a result
     above = sum(max(value, 0.0) for value, _ in parts)
     below = -sum(min(value, 0.0) for value, _ in parts)
-    high = _ceiling(above) if above or not below else 0.0
-    low = -_ceiling(below) if below else 0.0
+    end_of_axis = _ceiling(max(above, below))
+    high = end_of_axis if above or not below else 0.0
+    low = -end_of_axis if below else 0.0
     bottom, small = top + pen.px(24), pen.font(12)
 
     def at(value: float) -> int:
@@ -519,4 +536,4 @@ def _draw_stack(pen: _Pen, outcome: _Outcome, left: int, right: int, top: int) -
         x = min(at(tick), right - 1)
         pen.box(x, bottom, x + 1, bottom + pen.px(4), _GREY)
         anchor = "ls" if tick == ticks[0] else "rs" if tick == ticks[-1] else "ms"
-        pen.text(x, bottom + pen.px(17), f"{tick:g}".replace("-", "\N{MINUS SIGN}"), small, _GREY, anchor)
+        pen.text(x, bottom + pen.px(17), _minus(f"{tick:g}"), small, _GREY, anchor)

@@ -1,4 +1,4 @@
-"""A small world for the tests: a random GPT-2 with its own tokenizer, users who differ, and an adapted model."""
+"""A small world for the tests: a random GPT-2 with its tokenizer, users who differ, an adapted model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,23 @@ from dsa_gym.pathways import AdapterShape
 from dsa_gym.population import Population, SplitConfig, encode_population
 from dsa_gym.pretrain import train_tokenizer
 
-WORDS = "river stone cloud amber quiet garden seven lantern winter music paper window ocean candle forest".split()
+WORDS = [
+    "river",
+    "stone",
+    "cloud",
+    "amber",
+    "quiet",
+    "garden",
+    "seven",
+    "lantern",
+    "winter",
+    "music",
+    "paper",
+    "window",
+    "ocean",
+    "candle",
+    "forest",
+]
 
 
 def user_texts(user: int, count: int = 10, words: int = 12) -> list[str]:
@@ -45,6 +61,8 @@ def backbone_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 resid_pdrop=0.0,
                 embd_pdrop=0.0,
                 attn_pdrop=0.0,
+                # large enough that hidden states, and so adapters, move the logits
+                initializer_range=0.2,
                 bos_token_id=0,
                 eos_token_id=0,
             )
@@ -77,5 +95,7 @@ def observed(tiny: AdaptedModel, population: Population) -> tuple[torch.Tensor, 
     """Whitened observations of all users (users, 3) and of all examples (N, 4)."""
     whole = tiny.features(population.examples, context=False)
     context = tiny.features(population.examples, context=True)
-    of_user = torch.stack([whole[population.rows(u, "support")].mean(0) for u in range(len(population.users))])
+    of_user = torch.stack(
+        [whole[population.rows(u, "support")].mean(0) for u in range(len(population.users))]
+    )
     return fit_projection(of_user, 3)(of_user), fit_projection(context, 4)(context)

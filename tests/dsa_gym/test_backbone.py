@@ -134,11 +134,11 @@ def test_adapters_that_are_off_change_no_bit(name: str) -> None:
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_every_site_reaches_the_logits(name: str) -> None:
     backbone = Backbone(build(name))
-    shape = AdapterShape(backbone.sites, rank=2, pathways=1)
+    shape = AdapterShape(backbone.sites, rank=16, pathways=1)
     phi = random_phi(shape, 1)
     untouched = logits(backbone, None)
     for index in range(len(shape.sites)):
-        gates = torch.zeros(4, len(shape.sites), 2)
+        gates = torch.zeros(4, len(shape.sites), 16)
         gates[2, index] = 1.0
         changed = (logits(backbone, ActiveAdapters(shape, phi, gates)) != untouched).flatten(1).any(1)
         # the row whose gate is on, and no other
@@ -171,7 +171,9 @@ def test_layers_and_kinds_select_sites() -> None:
     backbone = Backbone(model, layers=[-1, 0, 2], kinds=["feed_forward"])
     assert [(site.layer, site.kind) for site in backbone.sites] == [(0, "feed_forward"), (2, "feed_forward")]
     shape = AdapterShape(backbone.sites, rank=2, pathways=1)
-    assert not torch.equal(logits(backbone, ActiveAdapters(shape, random_phi(shape, 1))), logits(backbone, None))
+    assert not torch.equal(
+        logits(backbone, ActiveAdapters(shape, random_phi(shape, 1))), logits(backbone, None)
+    )
 
 
 @pytest.mark.parametrize(
@@ -316,7 +318,9 @@ WEIGHT = "transformer.h.1.mlp.c_fc.weight"
 
 
 def test_missing_folder(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"backbone=.*nowhere.*weights cannot be loaded.*expected 'dsa-text'"):
+    with pytest.raises(
+        ValueError, match=r"backbone=.*nowhere.*weights cannot be loaded.*expected 'dsa-text'"
+    ):
         Backbone.load(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="backbone='no-such-user/no-such-model': weights cannot be loaded"):
         Backbone.load("no-such-user/no-such-model")
