@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +26,13 @@ class Scorer(Protocol):
     """What an environment offers, as its attribute ``problem``, to agents that need more than the Gymnasium API."""
 
     user: Tensor
+    """User of each input, int64 (n,)."""
     l0_penalty: float
+    """lambda, nats per active parameter."""
+    space: Any
+    """Has ``gates`` and ``granularity``, see :class:`dsa_gym.masks.MaskSpace`."""
+    table: Any
+    """Losses under all masks (n, 2^G) where they are known, gate i being bit i of the column; else None."""
 
     @property
     def gates(self) -> int:
@@ -34,15 +41,23 @@ class Scorer(Protocol):
 
     @property
     def observations(self) -> Observation:
-        """Observations of all n inputs of the split."""
+        """``user`` and ``context`` of all n inputs of the split, each (n, dim)."""
         ...
 
     def __len__(self) -> int:
         """Number of inputs n."""
         ...
 
+    def losses(self, inputs: NDArray[np.int64], gates: Bits) -> NDArray[np.float32]:
+        """Losses in nats of inputs (rows,) under gates (rows, G)."""
+        ...
+
+    def active_parameters(self, gates: Bits) -> NDArray[np.int64]:
+        """Parameters that gates (rows, G) switch on, (rows,)."""
+        ...
+
     def rewards(self, inputs: NDArray[np.int64], gates: Bits) -> NDArray[np.float64]:
-        """Rewards of inputs (rows,) under gates (rows, G)."""
+        """``-loss - l0_penalty * active_parameters`` of inputs (rows,) under gates (rows, G)."""
         ...
 
     def relaxed_losses(self, inputs: Tensor, gates: Tensor) -> Tensor:
@@ -66,6 +81,8 @@ class Agent(ABC):
     """
 
     name: ClassVar[str]
+    minimum: ClassVar[dict[str, float]] = {}
+    """Least value of each numeric setting; one of 0.0 or more is a lower bound, an integer setting counts something."""
 
     def __init__(self, env: Any, seed: int = 0, **config: Any) -> None:
         """Check the spaces and merge ``config`` into the tuned defaults.
@@ -76,8 +93,14 @@ class Agent(ABC):
         action, observation = env.action_space, env.observation_space
         if not isinstance(action, spaces.MultiBinary) or not isinstance(action.n, int | np.integer):
             raise ValueError(f"env: {self.name!r} acts on MultiBinary(G), got {action}")
-        if not isinstance(observation, spaces.Dict):
+        if not isinstance(observation, spaces.Dict) or not {"user", "context"} <= set(observation.spaces):
             raise ValueError(f"env: {self.name!r} observes a Dict of user and context, got {observation}")
+        if not all(
+            isinstance(box, spaces.Box) and len(box.shape) == 1 for box in observation.spaces.values()
+        ):
+            raise ValueError(f"env: {self.name!r} observes vectors, Boxes of shape (dim,), got {observation}")
+        if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or not 0 <= seed < 2**31:
+            raise ValueError(f"seed={seed!r}: expected an integer from 0 to 2^31 - 1")
         defaults = zoo_defaults(self.name)
         unknown = sorted(set(config) - set(defaults))
         if unknown:
@@ -86,6 +109,26 @@ class Agent(ABC):
             )
         self.env, self.seed, self.gates = env, int(seed), int(action.n)
         self.config: dict[str, Any] = {**defaults, **config}
+        for name, value in config.items():
+            self._check_setting(name, value, defaults[name])
+
+    def _check_setting(self, name: str, value: Any, default: Any) -> None:
+        """Refuse a setting whose type or range is not that of its default."""
+        kinds: dict[type, tuple[type, ...]] = {
+            float: (int, float),
+            int: (int,),
+            bool: (bool,),
+            list: (list, tuple),
+        }
+        fits = isinstance(value, kinds[type(default)]) and (
+            isinstance(default, bool) or not isinstance(value, bool)
+        )
+        if not fits:
+            raise ValueError(f"{self.name}: {name}={value!r}, expected a value like the default, {default!r}")
+        least = self.minimum.get(name, -float("inf"))
+        numbers = value if isinstance(value, list | tuple) else [value]
+        if not all(isinstance(number, int | float) and least <= number < float("inf") for number in numbers):
+            raise ValueError(f"{self.name}: {name}={value!r}, expected at least {least}")
 
     @property
     def scorer(self) -> Any:
@@ -99,7 +142,9 @@ class Agent(ABC):
                 return self.env.get_attr("problem")[0]
             return self.env.get_wrapper_attr("problem")
         except AttributeError as error:
-            raise ValueError(f"env: agent {self.name!r} needs an environment that offers 'problem', a Scorer") from error
+            raise ValueError(
+                f"env: agent {self.name!r} needs an environment that offers 'problem', a Scorer"
+            ) from error
 
     def learn(self, steps: int, on_update: OnUpdate | None = None) -> None:
         """Learn for a number of environment steps; agents that do not learn return at once."""
@@ -110,12 +155,34 @@ class Agent(ABC):
 
         Args:
             observation: A batch of observations.
-            info: What ``reset`` said of them, ``user`` and ``input`` (rows,); only agents that look users or inputs up need it.
+            info: What ``reset`` said of them, ``user`` and ``input`` (rows,); only agents that look users or inputs up
+                need it.
+
+        Raises:
+            ValueError: If the observation is not a batch of the environment's, or ``info`` lacks what is needed.
         """
+
+    def rows(self, observation: Observation) -> int:
+        """Number of observations in a batch.
+
+        Raises:
+            ValueError: If it is not a batch of the environment's observations.
+        """
+        shapes = {name: np.shape(observation.get(name)) for name in self.env.observation_space.spaces}
+        counts = {shape[0] if len(shape) == 2 else None for shape in shapes.values()}
+        dims = {name: shape[1:] for name, shape in shapes.items()}
+        expected = {name: box.shape for name, box in self.env.observation_space.spaces.items()}
+        if len(counts) != 1 or dims != expected:
+            raise ValueError(
+                f"observation: shapes {shapes}, expected (rows, ...) of {expected} with equal rows"
+            )
+        return int(next(iter(counts)) or 0)
 
     def masks(self, scorer: Any) -> Bits:
         """Decisions for all inputs of a split, (n, G)."""
-        return self.predict(scorer.observations, {"user": scorer.user.numpy(), "input": np.arange(len(scorer))})
+        return self.predict(
+            scorer.observations, {"user": scorer.user.numpy(), "input": np.arange(len(scorer))}
+        )
 
     def probabilities(self, observation: Observation) -> NDArray[np.float64]:
         """Probability that each gate is on, (rows, G); the decisions themselves for deterministic agents."""
@@ -135,7 +202,13 @@ class Agent(ABC):
 
     def save(self, folder: Path) -> None:
         """Write ``agent.json`` and ``agent.safetensors`` into a folder; neither can run code when it is loaded."""
-        record = {"agent": self.name, "seed": self.seed, "gates": self.gates, "config": self.config, "steps": self.steps}
+        record = {
+            "agent": self.name,
+            "seed": self.seed,
+            "gates": self.gates,
+            "config": self.config,
+            "steps": self.steps,
+        }
         storage.write_tensors(Path(folder) / "agent.safetensors", self.state())
         storage.write_json(Path(folder) / "agent.json", record)
 
@@ -143,7 +216,7 @@ class Agent(ABC):
         """Take over what :meth:`save` wrote.
 
         Raises:
-            ValueError: If it is another agent's or for another number of gates.
+            ValueError: If it is another agent's, for another number of gates, or has other settings.
         """
         record = storage.read_json(Path(folder) / "agent.json")
         if record["agent"] != self.name or record["gates"] != self.gates:
@@ -151,6 +224,17 @@ class Agent(ABC):
                 f"{folder}: holds agent {record['agent']!r} for {record['gates']} gates, expected {self.name!r} for "
                 f"{self.gates}"
             )
+        own = json.loads(json.dumps(self.config))
+        differ = sorted(
+            name for name in {*own, *record["config"]} if own.get(name) != record["config"].get(name)
+        )
+        if differ:
+            name = differ[0]
+            raise ValueError(
+                f"{folder}: was saved with {name}={record['config'].get(name)!r}, this agent has {own.get(name)!r}; make "
+                "it with the saved settings"
+            )
+        self.seed = int(record["seed"])
         self.load_state(storage.read_tensors(Path(folder) / "agent.safetensors"))
 
 

@@ -22,6 +22,7 @@ class GumbelAgent(Agent):
     """
 
     name = "gumbel"
+    minimum = {"batch_size": 1, "learning_rate": 1e-12, "weight_decay": 0}
 
     def __init__(self, env: Any, seed: int = 0, **config: Any) -> None:
         """Build the gate and its optimiser."""
@@ -48,16 +49,26 @@ class GumbelAgent(Agent):
         return self._steps
 
     def learn(self, steps: int, on_update: OnUpdate | None = None) -> None:
-        """Take gradient steps until ``steps`` more inputs have been used."""
+        """Take gradient steps until ``steps`` more inputs have been used.
+
+        Raises:
+            FloatingPointError: If the loss is not finite.
+        """
+        with torch.random.fork_rng(devices=[]):  # dropout draws from the global generator
+            self._learn(steps, on_update)
+
+    def _learn(self, steps: int, on_update: OnUpdate | None) -> None:
         scorer, size = self.scorer, self.config["batch_size"]
-        first, last = self._steps, self._steps + steps
-        prices = torch.as_tensor(scorer.l0_penalty * scorer.active_parameters(np.eye(self.gates, dtype=np.uint8)))
+        last = self._steps + steps
+        prices = torch.as_tensor(
+            scorer.l0_penalty * scorer.active_parameters(np.eye(self.gates, dtype=np.uint8))
+        )
         observed = {name: torch.from_numpy(value) for name, value in scorer.observations.items()}
         while self._steps < last:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self._steps)
-            torch.manual_seed(self.seed * 1_000_003 + self._steps)  # dropout
+            torch.manual_seed(self.seed * 1_000_003 + self._steps)
             inputs = torch.randint(len(scorer), (size,), generator=generator)
-            temperature = self.gate.config.temperature_at((self._steps - first) / steps)
+            temperature = self.gate.config.temperature_at(self._steps / self.config["anneal_steps"])
             self.gate.train()
             logits = self.gate(observed["user"][inputs], observed["context"][inputs])
             gates = self.gate.sample(logits, temperature, generator)
@@ -71,7 +82,9 @@ class GumbelAgent(Agent):
             self.optimizer.step()
             self._steps += size
             if on_update is not None:
-                on_update(self._steps, {"train/loss": float(loss), "train/density": float(gates.detach().mean())})
+                on_update(
+                    self._steps, {"train/loss": float(loss), "train/density": float(gates.detach().mean())}
+                )
 
     def predict(self, observation: Observation, info: dict[str, Any] | None = None) -> Bits:
         """Gates whose probability is above one half."""
@@ -83,8 +96,11 @@ class GumbelAgent(Agent):
 
     @torch.inference_mode()
     def _logits(self, observation: Observation) -> Tensor:
+        self.rows(observation)
         self.gate.eval()
-        logits: Tensor = self.gate(torch.as_tensor(observation["user"]), torch.as_tensor(observation["context"]))
+        logits: Tensor = self.gate(
+            torch.as_tensor(observation["user"]), torch.as_tensor(observation["context"])
+        )
         return logits
 
     def state(self) -> dict[str, Tensor]:
@@ -97,4 +113,3 @@ class GumbelAgent(Agent):
         self.gate.load_state_dict({k[5:]: v for k, v in tensors.items() if k.startswith("gate.")})
         storage.load_optimizer_tensors(self.optimizer, tensors)
         self._steps = int(tensors["steps"])
-

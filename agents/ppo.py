@@ -29,7 +29,9 @@ class TrainingView(VecEnvWrapper):
         baseline: Running mean of each input's rewards, grown as inputs are met.
     """
 
-    def __init__(self, venv: VecEnv, *, input_baseline: bool, noise: float, seed: int, memory: float = 0.95) -> None:
+    def __init__(
+        self, venv: VecEnv, *, input_baseline: bool, noise: float, seed: int, memory: float = 0.95
+    ) -> None:
         """Wrap environments whose infos name their ``input``.
 
         Args:
@@ -53,20 +55,26 @@ class TrainingView(VecEnvWrapper):
         """Step the environments and make the rewards relative."""
         observation, rewards, dones, infos = self.venv.step_wait()
         if self._relative:
+            if "input" not in infos[0]:
+                raise ValueError("env: its infos name no 'input'; make the agent with input_baseline=False")
             inputs = np.fromiter((info["input"] for info in infos), np.int64, len(infos))
             rewards = self._relative_to_input(inputs, rewards)
         return self._blur(observation), rewards, dones, infos
 
-    def _relative_to_input(self, inputs: NDArray[np.int64], rewards: NDArray[np.float32]) -> NDArray[np.float32]:
+    def _relative_to_input(
+        self, inputs: NDArray[np.int64], rewards: NDArray[np.float32]
+    ) -> NDArray[np.float32]:
         if inputs.max() >= len(self.baseline):
             grown = int(inputs.max()) + 1 - len(self.baseline)
             self.baseline = np.concatenate([self.baseline, np.zeros(grown)])
             self.visits = np.concatenate([self.visits, np.zeros(grown)])
         known = self.visits[inputs] > 0
         relative = np.where(known, rewards - self.baseline[inputs], 0.0)
-        self.visits[inputs] += 1
-        rate = np.maximum(1 / self.visits[inputs], 1 - self._memory)
-        self.baseline[inputs] += rate * (rewards - self.baseline[inputs])
+        met, place, count = np.unique(inputs, return_inverse=True, return_counts=True)
+        mean = np.bincount(place, rewards) / count  # of this step's rewards of each input
+        self.visits[met] += count
+        rate = np.maximum(count / self.visits[met], 1 - self._memory**count)
+        self.baseline[met] += rate * (mean - self.baseline[met])
         return relative.astype(np.float32)
 
     def _blur(self, observation: VecEnvObs) -> VecEnvObs:
@@ -76,7 +84,7 @@ class TrainingView(VecEnvWrapper):
         for name, value in cast(Observation, observation).items():
             noise = self._generator.normal(0.0, self._noise, value.shape).astype(np.float32)
             box = cast(Any, self.observation_space)[name]
-            blurred[name] = np.clip(value + noise, box.low[0], box.high[0])
+            blurred[name] = np.clip(value + noise, box.low, box.high)
         return blurred
 
 
@@ -86,7 +94,9 @@ class _Forward(KVWriter):
     def __init__(self, on_update: OnUpdate) -> None:
         self._on_update = on_update
 
-    def write(self, key_values: dict[str, Any], key_excluded: dict[str, tuple[str, ...]], step: int = 0) -> None:
+    def write(
+        self, key_values: dict[str, Any], key_excluded: dict[str, tuple[str, ...]], step: int = 0
+    ) -> None:
         numbers = {k: float(v) for k, v in key_values.items() if isinstance(v, int | float | np.number)}
         self._on_update(step, numbers)
 
@@ -102,6 +112,17 @@ class PPOAgent(Agent):
     """
 
     name = "ppo"
+    minimum = {
+        "batch_size": 2,
+        "clip_range": 1e-12,
+        "entropy": 0,
+        "epochs": 1,
+        "hidden": 1,
+        "learning_rate": 1e-12,
+        "n_steps": 1,
+        "observation_noise": 0,
+        "weight_decay": 0,
+    }
 
     def __init__(self, env: Any, seed: int = 0, **config: Any) -> None:
         """Build the policy.
@@ -118,9 +139,14 @@ class PPOAgent(Agent):
         venv = env if isinstance(env, VecEnv) else DummyVecEnv([lambda: cast("Env[Any, Any]", env)])
         settings = self.config
         self.view = TrainingView(
-            venv, input_baseline=settings["input_baseline"], noise=settings["observation_noise"], seed=self.seed
+            venv,
+            input_baseline=settings["input_baseline"],
+            noise=settings["observation_noise"],
+            seed=self.seed,
         )
         rollout = venv.num_envs * settings["n_steps"]
+        if rollout < 2:
+            raise ValueError(f"ppo: n_steps={settings['n_steps']} with one environment, expected at least 2")
         self.model = PPO(
             "MultiInputPolicy",
             self.view,
@@ -158,7 +184,9 @@ class PPOAgent(Agent):
         self.model.set_logger(Logger(folder=None, output_formats=writers))
         self.model.learn(steps, log_interval=1)
         if not all(bool(torch.isfinite(p).all()) for p in self.model.policy.parameters()):
-            raise FloatingPointError(f"ppo: weights are not finite after {self.steps} steps: lower learning_rate")
+            raise FloatingPointError(
+                f"ppo: weights are not finite after {self.steps} steps: lower learning_rate"
+            )
 
     def predict(self, observation: Observation, info: dict[str, Any] | None = None) -> Bits:
         """Gates whose probability is above one half."""
@@ -170,6 +198,7 @@ class PPOAgent(Agent):
 
     @torch.inference_mode()
     def _logits(self, observation: Observation) -> Tensor:
+        self.rows(observation)
         policy = self.model.policy
         policy.set_training_mode(False)
         tensors = {name: torch.as_tensor(value) for name, value in observation.items()}
@@ -189,6 +218,9 @@ class PPOAgent(Agent):
         """Take over what :meth:`state` returned; a resumed run draws from generators seeded by seed and step count."""
         self.model.policy.load_state_dict({k[7:]: v for k, v in tensors.items() if k.startswith("policy.")})
         storage.load_optimizer_tensors(self.model.policy.optimizer, tensors)
-        self.view.baseline, self.view.visits = tensors["baseline"].numpy().copy(), tensors["visits"].numpy().copy()
+        self.view.baseline, self.view.visits = (
+            tensors["baseline"].numpy().copy(),
+            tensors["visits"].numpy().copy(),
+        )
         self._offset, self.model.num_timesteps = int(tensors["steps"]), 0
         self.model.set_random_seed(self.seed + 7919 * self._offset % 2**31)

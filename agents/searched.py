@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dsa_gym import search
@@ -28,7 +30,7 @@ class StaticAgent(Agent):
 
     def predict(self, observation: Observation, info: dict[str, Any] | None = None) -> Bits:
         """The same mask for every observation."""
-        return np.tile(self.mask, (len(observation["user"]), 1))
+        return np.tile(self.mask, (self.rows(observation), 1))
 
     def state(self) -> dict[str, Tensor]:
         """The mask."""
@@ -36,7 +38,7 @@ class StaticAgent(Agent):
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         """Take over a mask."""
-        self.mask = tensors["mask"].numpy()
+        self.mask = tensors["mask"].numpy().copy()
 
 
 class UserStaticAgent(Agent):
@@ -53,7 +55,8 @@ class UserStaticAgent(Agent):
         """The users' masks; needs ``info["user"]``."""
         if self._best is None:
             self._best = search.best_per_user(self.scorer.support())
-        return np.stack([self._best[int(user)] for user in _needed(info, "user", self.name)])
+        users = _needed(info, "user", self.name, self.rows(observation), self._best)
+        return np.stack([self._best[int(user)] for user in users])
 
     def masks(self, scorer: Any) -> Bits:
         """Search on the support of the scorer's users."""
@@ -75,14 +78,30 @@ class OracleAgent(Agent):
         """The inputs' best masks; needs ``info["input"]``."""
         if self._best is None:
             self._best = search.oracle(self.scorer)
-        return self._best[np.asarray(_needed(info, "input", self.name))]
+        inputs = _needed(info, "input", self.name, self.rows(observation), range(len(self._best)))
+        return self._best[inputs]
 
     def masks(self, scorer: Any) -> Bits:
         """Search for every input of the scorer."""
         return search.oracle(scorer)
 
 
-def _needed(info: dict[str, Any] | None, key: str, name: str) -> Any:
+def _needed(
+    info: dict[str, Any] | None, key: str, name: str, rows: int, known: Container[int]
+) -> NDArray[np.int64]:
+    """Users or inputs of the observations, int64 (rows,).
+
+    Raises:
+        ValueError: If ``info`` lacks them, or has others than the environment's.
+    """
     if info is None or key not in info:
         raise ValueError(f"info: agent {name!r} needs the {key!r} that reset() returned")
-    return np.atleast_1d(info[key])
+    values = np.atleast_1d(np.asarray(info[key], dtype=np.int64))
+    if len(values) != rows:
+        raise ValueError(f"info[{key!r}]: {len(values)} values for {rows} observations")
+    unknown = [value for value in values.tolist() if value not in known]
+    if unknown:
+        raise ValueError(
+            f"info[{key!r}]: {unknown[0]} is not in the agent's environment; use masks() for other splits"
+        )
+    return values

@@ -39,6 +39,10 @@ FORMAT = 1
 DEFAULTS = {"text": ASSETS / "bundle-text"}
 
 
+_ENTRIES = ("domain", "backbone", "adapter", "granularity", "gate", "users", "groups", "config", "data", "files")
+"""What every manifest has."""
+
+
 class BundleError(ValueError):
     """A bundle that is missing, incomplete, changed or of another format."""
 
@@ -72,10 +76,16 @@ class Bundle:
                 f"bundle={str(folder)!r}: no manifest.json there; expected a folder written by 'dsa-gym prepare'"
                 + (" (its preparation has not finished: run the same command again)" if (path / "work").is_dir() else "")
             )
-        manifest = storage.read_json(path / "manifest.json")
+        try:
+            manifest = storage.read_json(path / "manifest.json")
+        except ValueError as error:
+            raise BundleError(f"bundle={str(folder)!r}: {error}") from error
         if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
             found = manifest.get("format") if isinstance(manifest, dict) else None
             raise BundleError(f"bundle={str(folder)!r}: format {found}, this version reads format {FORMAT}")
+        lacking = sorted(set(_ENTRIES) - set(manifest))
+        if lacking:
+            raise BundleError(f"{path / 'manifest.json'}: has no {lacking[0]!r}; prepare or copy the bundle again")
         bundle = cls(path, manifest)
         if verify:
             bundle.verify()

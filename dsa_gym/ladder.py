@@ -76,10 +76,9 @@ def crossfitted_oracle(problem: GatingProblem) -> Rewards | None:
     The plain oracle's gain is mostly label noise; this one is free of it, at the price of choosing on half the labels. None
     where the bundle has not measured the halves of this split at this granularity.
     """
-    even = problem.bundle.table(problem.split, even=True) if problem.table is not None else None
-    if even is None:
+    if problem.table is None or problem.even_table is None:
         return None
-    even = np.asarray(even, dtype=np.float64)
+    even = np.asarray(problem.even_table, dtype=np.float64)
     odd = np.asarray(problem.table, dtype=np.float64) - even
     price = problem.l0_penalty * problem.active_parameters(all_gates(problem.space).numpy())
     rows = np.arange(len(problem))
@@ -175,9 +174,16 @@ def shuffled(problem: GatingProblem, masks: Bits, *, over: str, repeats: int = 8
         over: ``"inputs"``: any permutation. ``"users"``: every user's masks go to the inputs of another user.
         repeats: Permutations to average over.
         seed: Seeds the permutations.
+
+    Raises:
+        ValueError: If ``over`` is unknown, or is ``"users"`` where there is one user only.
     """
+    if over not in ("inputs", "users"):
+        raise ValueError(f"over={over!r}: expected 'inputs' or 'users'")
     generator = np.random.default_rng(seed)
     users = problem.user.numpy()
+    if over == "users" and len(np.unique(users)) < 2:
+        raise ValueError("over='users': the split has one user, expected two or more")
     total = np.zeros(len(problem))
     for _ in range(repeats):
         order = generator.permutation(len(users)) if over == "inputs" else _other_users(users, generator)

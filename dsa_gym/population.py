@@ -18,11 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsa_gym.data import split_users
+from dsa_gym.data import DataError, split_users
 from dsa_gym.domains import Domain, Examples, take
 
 PARTS = ("support", "query", "unseen")
 SPLITS = ("train", "seen", "validation", "test")
+MIN_USERS = 4
+"""Two users to train on, whose spread whitens the observations, one to validate and one to test."""
 
 
 @dataclass(frozen=True)
@@ -148,7 +150,14 @@ def encode_population(
             dropped.append(user)
         else:
             kept.append((user, encoded, len(usable)))
+    if len(kept) < MIN_USERS:
+        raise DataError(
+            f"{len(kept)} users are too few, expected at least {MIN_USERS}: of {len(raw)} users {len(dropped)} have fewer "
+            f"than min_examples={config.min_examples} usable examples"
+        )
     groups = split_users([user for user, _, _ in kept], validation=config.validation, test=config.test, seed=config.seed)
+    if len(groups["train"]) < 2:
+        raise DataError(f"{len(kept)} users are too few: one is left to train on, expected two; lower validation or test")
     group_of = {user: group for group, members in groups.items() for user in members}
     names = [user for user, _, _ in kept]
     population = Population(

@@ -6,12 +6,13 @@ written last and makes the folder a bundle.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,19 @@ class PrepareConfig:
     adapt_users: int = 64
     values: Values = "int8"
 
+    def __post_init__(self) -> None:
+        """Check the ranges.
+
+        Raises:
+            ValueError: If a value is out of range; the message names it.
+        """
+        for name in ("user_dim", "context_dim", "adapt_batch", "adapt_users"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: expected a positive integer")
+        gate = self.library.gate
+        if gate.relaxation == "topk" and gate.active > self.adapter.pathways:
+            raise ValueError(f"active={gate.active}: expected at most pathways={self.adapter.pathways}")
+
 
 def prepare(
     domain_name: str,
@@ -120,19 +134,29 @@ def prepare(
         data_files: Where ``raw`` came from, for the manifest.
 
     Returns:
-        The bundle, opened.
+        The bundle, opened; one that is finished already is not made again.
 
     Raises:
         ValueError: For data or settings that cannot be used, or a folder that holds something else.
     """
-    return _Preparation(domain_name, out, config, backbone, data_files).run(raw)
+    names = [Path(file).name for file in data_files]
+    data = {
+        name if names.count(name) == 1 else str(file): storage.sha256(Path(file))
+        for name, file in zip(names, data_files, strict=True)
+    }
+    data = data or {"raw": hashlib.sha256(repr(raw).encode("utf-8", "surrogatepass")).hexdigest()}
+    preparation = _Preparation(domain_name, out, config, backbone, data)
+    if preparation.finished:
+        shutil.rmtree(preparation.work, ignore_errors=True)
+        return Bundle.open(preparation.out)
+    return preparation.run(raw)
 
 
 class _Preparation:
     """One run of :func:`prepare`: the stages, their products and their timings."""
 
     def __init__(
-        self, domain_name: str, out: Path, config: PrepareConfig, backbone: str, data_files: Sequence[Path]
+        self, domain_name: str, out: Path, config: PrepareConfig, backbone: str, data: dict[str, str]
     ) -> None:
         self.out, self.work, self.config = Path(out), Path(out) / "work", config
         self.source = backbone
@@ -140,9 +164,12 @@ class _Preparation:
             "domain": domain_name,
             "backbone": backbone,
             "config": json.loads(json.dumps(asdict(config))),
-            "data": {Path(file).name: storage.sha256(Path(file)) for file in data_files},
+            "data": data,
         }
-        self._claim()
+        self._refuse_others()
+        folder = Path(backbone)
+        if backbone not in SHIPPED and folder.is_dir() and not any(folder.glob("*.safetensors")):
+            raise ValueError(f"backbone={backbone!r}: no *.safetensors there; a bundle takes no other weights with it")
         self.domain: Domain = make_domain(domain_name, config.domain, backbone_source=backbone)
         adapter = config.adapter
         self.backbone = Backbone.load(
@@ -156,16 +183,29 @@ class _Preparation:
         self.model = AdaptedModel(self.backbone, self.domain, self.shape)
         self.timings: dict[str, float] = {}
 
-    def _claim(self) -> None:
-        """Refuse a folder that holds another preparation or something else."""
+    @property
+    def finished(self) -> bool:
+        """Whether the manifest, which is written last, is there."""
+        return (self.out / "manifest.json").is_file()
+
+    def _refuse_others(self) -> None:
+        """Refuse a folder that holds another preparation or something else; nothing is written yet."""
         key = self.work / "key.json"
-        if key.is_file():
-            if storage.read_json(key) != self.key:
-                raise ValueError(f"out={str(self.out)!r}: holds a preparation with other data or settings; give a new folder")
-        elif self.out.exists() and any(self.out.iterdir()):
+        if self.finished:
+            manifest = Bundle.open(self.out, verify=False).manifest
+            found = {
+                "domain": manifest["domain"]["name"],
+                "backbone": manifest["backbone"]["source"],
+                **{name: manifest[name] for name in ("config", "data")},
+            }
+        elif key.is_file():
+            found = storage.read_json(key)
+        elif self.out.is_file() or any(not _unfinished_write(path) for path in self.out.rglob("*") if path.is_file()):
             raise ValueError(f"out={str(self.out)!r}: not empty and not an unfinished preparation; give a new folder")
         else:
-            storage.write_json(key, self.key)
+            return
+        if found != self.key:
+            raise ValueError(f"out={str(self.out)!r}: holds a preparation with other data or settings; give a new folder")
 
     def run(self, raw: Sequence[tuple[str, Sequence[Any]]]) -> Bundle:
         population, report = self._stage("encode", lambda: self._encode(raw))
@@ -177,10 +217,10 @@ class _Preparation:
         self._write_library(training)
         manifest = self._manifest(population, report, training, store)
         self._stage("measure losses", lambda: self._measure(manifest, rows))
-        manifest["personalisation"] = self._stage(
+        manifest["personalisation"] = self._recorded(
             "measure users", lambda: self._personalisation(population, training, gates, store)
         )
-        manifest["headroom"] = self._stage("headroom", lambda: self._headroom(manifest))
+        manifest["headroom"] = self._recorded("headroom", lambda: self._headroom(manifest))
         return self._finish(manifest)
 
     def _stage(self, name: str, work: Callable[[], Any]) -> Any:
@@ -195,6 +235,13 @@ class _Preparation:
         log.info("%s: %.1f s", name, timings[name])
         return result
 
+    def _recorded(self, name: str, work: Callable[[], dict[str, Any]]) -> Any:
+        """A stage whose product is a record."""
+        path = self.work / f"{name.replace(' ', '-')}.json"
+        if not path.is_file():
+            storage.write_json(path, self._stage(name, work))
+        return storage.read_json(path)
+
     def _encode(self, raw: Sequence[tuple[str, Sequence[Any]]]) -> tuple[Population, dict[str, Any]]:
         population, report = encode_population(raw, self.domain, self.config.splits)
         sizes = ", ".join(f"{len(population.members(group))} {group}" for group in ("train", "validation", "test"))
@@ -203,6 +250,8 @@ class _Preparation:
             report["users"], sizes, report["examples"], report["users_dropped"], report["min_examples"],
             report["examples_unusable"],
         )  # fmt: skip
+        # only now: data and settings that cannot be used leave nothing behind that would refuse the corrected command
+        storage.write_json(self.work / "key.json", self.key)
         return population, report
 
     def _embed(self, population: Population) -> dict[str, Tensor]:
@@ -338,7 +387,7 @@ class _Preparation:
                 "bytes_per_user": float(np.mean(stored)),
                 "bytes_most": int(max(stored)),
                 "dense_fp16_bytes": 2 * self.shape.size,
-                "numbers_per_user": round(self.config.adaptation.share * self.shape.size),
+                "numbers_per_user": round(float(np.mean([len(store.read(u).indices) for u in population.users]))),
             },
             **{name: self.key[name] for name in ("config", "data")},
             "versions": storage.versions(),
@@ -385,21 +434,24 @@ class _Preparation:
     ) -> dict[str, Any]:
         """What a user's sparse change is worth on unseen test users, under the reference gate: losses in nats.
 
-        ``shared``: nothing stored but the embedding. ``sparse``: the record as stored. ``dense``: the best that the same
-        steps reach without a budget. ``wrong_user``: another user's record. ``random_initialisation``: dense adaptation from
+        ``shared``: nothing stored but the embedding. ``sparse``: the record as stored. ``dense``: no budget, after as many
+        steps as ``sparse`` took in all. ``wrong_user``: another user's record. ``random_initialisation``: dense adaptation from
         a random library after the same steps.
         """
         users = population.members("test")
         phi = training.library.phi.detach()
-        dense = AdaptationConfig(**(asdict(self.config.adaptation) | {"method": "dense"}))
+        adaptation = self.config.adaptation
+        steps = adaptation.steps * (2 if adaptation.method == "topk" else 1)
+        dense = replace(adaptation, method="dense", steps=steps)
         fresh = PathwayLibrary(self.shape, torch.Generator().manual_seed(self.config.library.seed + 1)).phi.detach()
         names = [population.users[user] for user in users]
         sparse = store.read_dense(names)
+        others = names[-1:] + names[:-1] if len(names) > 1 else [population.users[population.members("train")[0]]]
         changes = {
             "shared": torch.zeros_like(sparse) + phi,
             "sparse": sparse + phi,
             "dense": self._fit(population, users, gates, phi, dense) + phi,
-            "wrong_user": sparse.roll(1, 0) + phi,
+            "wrong_user": store.read_dense(others) + phi,
             "random_initialisation": self._fit(population, users, gates, fresh, dense) + fresh,
         }
         rows = [population.rows(user, "unseen")[:100] for user in users]
@@ -447,11 +499,19 @@ class _Preparation:
             for path in self.out.rglob("*")
             if path.is_file() and self.work not in path.parents and path.name != "manifest.json"
         )
+        for path in filter(_unfinished_write, files):
+            path.unlink()
+        files = [path for path in files if path.exists()]
         manifest["timings_seconds"] = self.timings
         manifest["files"] = {path.relative_to(self.out).as_posix(): storage.sha256(path) for path in files}
         storage.write_json(self.out / "manifest.json", manifest)
         shutil.rmtree(self.work)
         return Bundle.open(self.out)
+
+
+def _unfinished_write(path: Path) -> bool:
+    """Whether a killed process left this file half-written."""
+    return path.name.startswith(storage.TEMPORARY_PREFIX)
 
 
 def _users_of(bundle: Bundle, rows: Tensor) -> list[int]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from collections import OrderedDict
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dsa_gym.bundle import Bundle
-from dsa_gym.domains import take
+from dsa_gym.domains import take, to_device
 from dsa_gym.masks import MaskSpace
 from dsa_gym.model import AdaptedModel
 
@@ -35,6 +36,8 @@ class GatingProblem:
         l0_penalty: lambda, nats per active parameter.
         rows: Row of each input in the bundle's examples, int64 (n,).
         user: Index of each input's user, int64 (n,).
+        table: Measured losses of the inputs under all masks (n, 2^G), or None.
+        even_table: The share that even scored elements have in them, or None.
     """
 
     def __init__(
@@ -74,8 +77,7 @@ class GatingProblem:
         chosen = slice(None) if inputs is None else inputs
         self.rows = bundle.rows(split)[chosen]
         self.user = bundle.user[self.rows]
-        table = bundle.table(split) if cache_bytes and self._trained_granularity else None
-        self.table = table if table is None or inputs is None else table[inputs.numpy()]
+        self.table, self.even_table = (self._measured(even, inputs) for even in (False, True))
         self._cache: OrderedDict[bytes, float] = OrderedDict()
         self._sizes = self.space.sizes.numpy().astype(np.float64)
 
@@ -86,6 +88,10 @@ class GatingProblem:
     @property
     def _trained_granularity(self) -> bool:
         return self.space.granularity == self.bundle.space.granularity
+
+    def _measured(self, even: bool, inputs: Tensor | None) -> NDArray[Any] | None:
+        table = self.bundle.table(self.split, even=even) if self.cache_bytes and self._trained_granularity else None
+        return table if table is None or inputs is None else table[inputs.numpy()]
 
     @property
     def gates(self) -> int:
@@ -119,7 +125,12 @@ class GatingProblem:
         """Loss in nats of inputs (rows,), indices into the split, under binary gates (rows, G).
 
         Served from the bundle's table or the bounded cache where possible; equal requests are computed once.
+
+        Raises:
+            ValueError: If there is not one mask of G gates for each input.
         """
+        if gates.shape != (len(inputs), self.gates):
+            raise ValueError(f"gates: shape {gates.shape}, expected {(len(inputs), self.gates)}")
         if self.table is not None:
             return np.asarray(self.table[inputs, mask_codes(gates)], dtype=np.float32)
         if not self.cache_bytes:
@@ -133,7 +144,7 @@ class GatingProblem:
             for start in range(0, len(inputs), batch_size):
                 index = torch.from_numpy(inputs[start : start + batch_size])
                 rows, users = self.rows[index], self.user[index]
-                examples = {k: v.to(self.device) for k, v in take(self.bundle.examples, rows).items()}
+                examples = to_device(take(self.bundle.examples, rows), self.device)
                 bits = torch.from_numpy(gates[start : start + batch_size]).to(self.device, torch.float32)
                 phi = self._phi[users[:1]] if bool((users == users[0]).all()) else self._phi[users]
                 pieces.append(self.model.losses(examples, phi, self.space.expand(bits)).float().cpu())
@@ -142,7 +153,7 @@ class GatingProblem:
     def relaxed_losses(self, inputs: Tensor, gates: Tensor) -> Tensor:
         """Losses in nats (rows,), differentiable with respect to gates (rows, G) in [0, 1]."""
         rows, users = self.rows[inputs], self.user[inputs]
-        examples = {k: v.to(self.device) for k, v in take(self.bundle.examples, rows).items()}
+        examples = to_device(take(self.bundle.examples, rows), self.device)
         losses = self.model.losses(examples, self._phi[users], self.space.expand(gates.to(self.device)))
         return losses.to(gates.device)
 

@@ -24,7 +24,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import gymnasium as gym
 import numpy as np
@@ -43,21 +43,26 @@ class _Gating:
         render_mode: str | None,
         cache_bytes: int,
     ) -> None:
-        if isinstance(num_envs, bool) or not isinstance(num_envs, int | np.integer) or num_envs < 1:
-            raise ValueError(f"num_envs={num_envs!r}: expected a positive integer")
-        if isinstance(episode_length, bool) or not isinstance(episode_length, int | np.integer) or episode_length < 1:
-            raise ValueError(f"episode_length={episode_length!r}: expected a positive integer")
+        for name, count in (("num_envs", num_envs), ("episode_length", episode_length)):
+            if not _is_integer(count) or count < 1:
+                raise ValueError(f"{name}={count!r}: expected a positive integer")
+        if not _is_integer(cache_bytes) or cache_bytes < 0:
+            raise ValueError(f"cache_bytes={cache_bytes!r}: expected a number of bytes >= 0")
         if split not in SPLITS:
             raise ValueError(f"split={split!r}: expected one of {', '.join(SPLITS)}")
         if render_mode not in (None, *GatingEnv.metadata["render_modes"]):
             raise ValueError(f"render_mode={render_mode!r}: expected None, 'ansi' or 'rgb_array'")
-        if not (isinstance(l0_penalty, int | float) and 0 <= l0_penalty < float("inf")):
-            raise ValueError(f"l0_penalty={l0_penalty!r}: expected a finite number >= 0, in nats per active parameter")
+        if not (isinstance(l0_penalty, int | float | np.number) and 0 <= l0_penalty < float("inf")):
+            raise ValueError(
+                f"l0_penalty={l0_penalty!r}: expected a finite number >= 0, in nats per active parameter"
+            )
         self.source = str(bundle) if bundle is not None else domain
         # checksums are compared at the first reset, when the data is read
         self._opened = Bundle.open(self.source, verify=False)
         if self._opened.domain != domain:
-            raise ValueError(f"bundle={self.source!r}: is of domain {self._opened.domain!r}, expected {domain!r}")
+            raise ValueError(
+                f"bundle={self.source!r}: is of domain {self._opened.domain!r}, expected {domain!r}"
+            )
         self.arguments = {
             "split": split,
             "granularity": granularity,
@@ -90,22 +95,22 @@ class _Gating:
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what is loaded from the bundle: copies in other processes load it again."""
         state = self.__dict__.copy()
-        state.pop("problem", None)
-        state["_opened"] = None
+        for name in ("problem", "_domain", "_opened"):
+            state.pop(name, None)
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._opened = Bundle.open(self.source, verify=False)
 
-    def begin(self, where: NDArray[np.intp], options: dict[str, Any] | None) -> None:
+    def begin(self, where: NDArray[np.intp], options: dict[str, Any] | None = None) -> None:
         """Begin episodes, with the user and input that ``options`` fix."""
         options = dict(options or {})
-        unknown = set(options) - {"user", "input"}
+        unknown = sorted(str(name) for name in set(options) - {"user", "input"})
         if unknown:
-            raise ValueError(f"options: unknown key {sorted(unknown)[0]!r}; expected 'user', 'input' or both")
-        user = self._option(options.get("user"), "user", len(where))
-        first = self._option(options.get("input"), "input", len(where))
+            raise ValueError(f"options: unknown key {unknown[0]!r}; expected 'user', 'input' or both")
+        user = self._option(options.get("user"), "user")[where]
+        first = self._option(options.get("input"), "input")[where]
         owners = self.problem.user.numpy()
         clash = (user >= 0) & (first >= 0) & (owners[first] != user)
         if clash.any():
@@ -113,18 +118,25 @@ class _Gating:
             raise ValueError(f"options: input {first[i]} belongs to user {owners[first[i]]}, not {user[i]}")
         self.episodes.begin(where, user, first)
 
-    def _option(self, value: Any, name: str, count: int) -> NDArray[np.int64]:
-        """A user or input for each environment, -1 where it is to be drawn, int64 (count,)."""
+    def _option(self, value: Any, name: str) -> NDArray[np.int64]:
+        """A user or input for each environment, -1 where it is to be drawn, int64 (num_envs,)."""
         if value is None:
-            return np.full(count, -1, dtype=np.int64)
-        values = np.atleast_1d(np.asarray(value))
-        if values.dtype.kind in "US":
-            values = np.asarray([self._user_index(str(v)) for v in values])
-        allowed = np.unique(self.problem.user.numpy()) if name == "user" else np.arange(len(self.problem))
-        if values.dtype.kind not in "iu" or values.shape not in ((1,), (count,)) or not np.isin(values, allowed).all():
-            what = "a user of this split (index or name)" if name == "user" else f"an input in 0 to {len(allowed) - 1}"
+            return np.full(self.num_envs, -1, dtype=np.int64)
+        values = np.atleast_1d(np.asarray(value, dtype=object))
+        if name == "user":
+            values = np.asarray(
+                [self._user_index(v) if isinstance(v, str) else v for v in values.flat], dtype=object
+            )
+        allowed = set(self.problem.user.tolist()) if name == "user" else range(len(self.problem))
+        fits = values.shape in ((1,), (self.num_envs,))
+        if not (fits and all(_is_integer(v) and int(v) in allowed for v in values)):
+            what = (
+                "a user of this split (index or name)"
+                if name == "user"
+                else f"an input in 0 to {len(allowed) - 1}"
+            )
             raise ValueError(f"options[{name!r}]={value!r}: expected {what}, one or one per environment")
-        return np.broadcast_to(values.astype(np.int64), (count,))
+        return np.broadcast_to(values.astype(np.int64), (self.num_envs,))
 
     def _user_index(self, name: str) -> int:
         users = self._opened.users
@@ -142,6 +154,8 @@ class _Gating:
 
     def score(self, gates: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
         """Score one mask for each environment (num_envs, G) on its current input."""
+        if "episodes" not in self.__dict__:
+            raise gym.error.ResetNeeded("call reset() before step()")
         losses = self.problem.losses(self.episodes.input, gates).astype(np.float64)
         active = self.problem.active_parameters(gates)
         scored = {
@@ -150,8 +164,9 @@ class _Gating:
             "density": active / self._opened.shape.size,
             **self.identities(),
         }
-        self.last = {**scored, "gates": gates, "reward": -losses - self.problem.l0_penalty * active}
-        return scored
+        reward = -losses - self.problem.l0_penalty * active
+        self.last = {name: value.copy() for name, value in scored.items()} | {"gates": gates}
+        return {**scored, "reward": reward}
 
     def gates_of(self, action: Any, shape: tuple[int, ...]) -> NDArray[np.uint8]:
         """Check an action and return it as uint8.
@@ -167,11 +182,10 @@ class _Gating:
             raise ValueError(f"action: shape {array.shape}, expected {shape}, one binary entry per gate")
         if array.dtype.kind not in "buif":
             raise ValueError(f"action: dtype {array.dtype}, expected binary numbers (int8, bool, ...)")
-        gates = array.astype(np.uint8)
-        if not ((gates <= 1) & (gates == array)).all():
-            wrong = array[(gates > 1) | (gates != array)].flat[0]
-            raise ValueError(f"action: holds {wrong}, expected 0 or 1 in every entry")
-        return gates
+        wrong = array[(array != 0) & (array != 1)]
+        if wrong.size:
+            raise ValueError(f"action: holds {wrong[0]}, expected 0 or 1 in every entry")
+        return array.astype(np.uint8)
 
     def frame(self, index: int) -> Frame:
         """What there is to see of one environment."""
@@ -191,7 +205,9 @@ class _Gating:
             site_labels=tuple(f"L{site.layer} {kinds.get(site.kind, site.kind)}" for site in shape.sites),
             layers=tuple(site.layer for site in shape.sites),
             loss=None if last is None else float(last["loss"][index]),
-            penalty=None if last is None else float(last["active_parameters"][index] * self.problem.l0_penalty),
+            penalty=None
+            if last is None
+            else float(last["active_parameters"][index] * self.problem.l0_penalty),
             active_parameters=None if last is None else int(last["active_parameters"][index]),
             total_parameters=shape.size,
             gates=_gates_text(gates, self.problem.space.granularity),
@@ -201,13 +217,30 @@ class _Gating:
     def _domain(self) -> Any:
         return self._opened.make_domain()
 
-    def render(self, mode: str | None) -> Any:
-        """Render the first environment's last step."""
+    def render(self, mode: str | None) -> list[Any]:
+        """Pictures of every environment's last step."""
         if mode is None:
             raise ValueError("render_mode=None: make the environment with render_mode='ansi' or 'rgb_array'")
-        if "problem" not in self.__dict__:
+        if "episodes" not in self.__dict__:
             raise gym.error.ResetNeeded("call reset() before render()")
-        return ansi(self.frame(0)) if mode == "ansi" else rgb_array(self.frame(0))
+        draw = ansi if mode == "ansi" else rgb_array
+        return [draw(self.frame(i)) for i in range(self.num_envs)]
+
+
+def _is_integer(value: Any) -> TypeGuard[int]:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def _seeds(values: Sequence[Any]) -> NDArray[np.uint64]:
+    """Seeds as the 64 bits that the draws start from.
+
+    Raises:
+        ValueError: If one is not an integer >= 0.
+    """
+    wrong = [value for value in values if not _is_integer(value) or value < 0]
+    if wrong:
+        raise ValueError(f"seed={wrong[0]!r}: expected an integer >= 0")
+    return np.asarray([int(value) % 2**64 for value in values], dtype=np.uint64)
 
 
 def _share_on(problem: GatingProblem, gates: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -348,11 +381,13 @@ class GatingEnv(gym.Env[Observation, NDArray[np.int8]]):
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Observation, Info]:
         """Begin an episode; see the class for ``options``."""
+        start = None if seed is None else _seeds([seed])
         super().reset(seed=seed)
         where = np.zeros(1, dtype=np.intp)
-        if seed is not None or not self._seeded:
-            start = seed if seed is not None else int(self.np_random.integers(2**63))
-            self._core.episodes.seed(np.asarray([start], dtype=np.uint64), where)
+        if start is None and not self._seeded:
+            start = self.np_random.integers(2**63, size=1, dtype=np.uint64)
+        if start is not None:
+            self._core.episodes.seed(start, where)
             self._seeded = True
         self._core.begin(where, options)
         self._core.last = None
@@ -361,15 +396,14 @@ class GatingEnv(gym.Env[Observation, NDArray[np.int8]]):
     def step(self, action: Any) -> tuple[Observation, float, bool, bool, Info]:
         """Apply one mask to the current input."""
         gates = self._core.gates_of(action, self.action_space.shape)[None]
-        scored = self._core.score(gates)
-        assert self._core.last is not None
-        info = {name: value[0].item() for name, value in scored.items()}
+        info = {name: value[0].item() for name, value in self._core.score(gates).items()}
+        reward = info.pop("reward")
         ended = bool(self._core.episodes.advance()[0])
-        return self._observation(), float(self._core.last["reward"][0]), ended, False, info
+        return self._observation(), reward, ended, False, info
 
     def render(self) -> Any:
         """The last step as text (``ansi``) or an image (H, W, 3) uint8 (``rgb_array``)."""
-        return self._core.render(self.render_mode)
+        return self._core.render(self.render_mode)[0]
 
     def _observation(self) -> Observation:
         return {name: value[0] for name, value in self._core.observe().items()}
@@ -380,7 +414,8 @@ class GatingVectorEnv(VectorEnv[Observation, NDArray[Any], NDArray[Any]]):
 
     Environment i draws what a scalar environment seeded with ``seed + i`` draws. Autoreset happens in the same step:
     ``infos["final_obs"]`` and ``infos["final_info"]`` hold what the ended episodes returned, the rest of ``infos`` the
-    identities of the next decision.
+    identities of the next decision; all of it is laid out as ``gymnasium.vector.SyncVectorEnv`` does. A ``user`` or ``input``
+    in the options of ``reset`` is one for all environments or an array (num_envs,).
     """
 
     metadata = {**GatingEnv.metadata, "autoreset_mode": AutoresetMode.SAME_STEP}
@@ -421,7 +456,6 @@ class GatingVectorEnv(VectorEnv[Observation, NDArray[Any], NDArray[Any]]):
         self.single_action_space = self._core.action_space
         self.observation_space = batch_space(self.single_observation_space, self.num_envs)
         self.action_space = batch_space(self.single_action_space, self.num_envs)
-        self._all = np.arange(self.num_envs, dtype=np.intp)
         self._seeded = False
 
     @property
@@ -433,13 +467,12 @@ class GatingVectorEnv(VectorEnv[Observation, NDArray[Any], NDArray[Any]]):
         self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Observation, Info]:
         """Begin episodes in all environments, or in those of ``options["reset_mask"]``."""
-        super().reset(seed=seed if isinstance(seed, int) else None)
         options = dict(options or {})
-        where = self._masked(options.pop("reset_mask", None))
-        self._seed(seed)
-        self._core.begin(where, options)
+        chosen = self._masked(options.pop("reset_mask", None))
+        self._seed(seed, chosen)
+        self._core.begin(np.flatnonzero(chosen), options)
         self._core.last = None
-        return self._core.observe(), _with_masks(self._core.identities(), np.isin(self._all, where))
+        return self._core.observe(), _with_masks(self._core.identities(), chosen)
 
     def step(
         self, actions: Any
@@ -447,8 +480,7 @@ class GatingVectorEnv(VectorEnv[Observation, NDArray[Any], NDArray[Any]]):
         """Apply one mask per environment (num_envs, G)."""
         gates = self._core.gates_of(actions, (self.num_envs, *self.single_action_space.shape))
         scored = self._core.score(gates)
-        assert self._core.last is not None
-        rewards = self._core.last["reward"]
+        rewards = scored.pop("reward")
         ended = self._core.episodes.advance()
         infos: Info = {}
         if ended.any():
@@ -456,51 +488,58 @@ class GatingVectorEnv(VectorEnv[Observation, NDArray[Any], NDArray[Any]]):
             infos["final_obs"] = np.empty(self.num_envs, dtype=object)
             for i in np.flatnonzero(ended):
                 infos["final_obs"][i] = {name: value[i] for name, value in final.items()}
-            infos["_final_obs"] = ended
-            infos["final_info"] = _with_masks(scored, ended)
-            infos["_final_info"] = ended
-            self._core.begin(np.flatnonzero(ended), None)
+            infos |= {
+                "_final_obs": ended.copy(),
+                "final_info": _with_masks(scored, ended),
+                "_final_info": ended.copy(),
+            }
+            self._core.begin(np.flatnonzero(ended))
         if not ended.all():
             infos |= _with_masks(scored, ~ended)
         if ended.any():
-            now = self._core.identities()
-            for name, value in now.items():
-                infos[name] = np.where(ended, value, scored[name])
-                infos[f"_{name}"] = np.ones(self.num_envs, dtype=bool)
+            # those that ended already stand before their next decision, the others report the one that they made
+            now = {
+                name: np.where(ended, value, scored[name]) for name, value in self._core.identities().items()
+            }
+            infos |= _with_masks(now, np.ones(self.num_envs, dtype=bool))
         return self._core.observe(), rewards, ended, np.zeros(self.num_envs, dtype=bool), infos
 
     def render(self) -> tuple[Any, ...]:
         """The last step of every environment."""
-        self._core.render(self.render_mode)
-        draw = ansi if self.render_mode == "ansi" else rgb_array
-        return tuple(draw(self._core.frame(i)) for i in range(self.num_envs))
+        return tuple(self._core.render(self.render_mode))
 
-    def _masked(self, mask: Any) -> NDArray[np.intp]:
+    def _masked(self, mask: Any) -> NDArray[np.bool_]:
+        """Which environments ``reset`` begins, bool (num_envs,)."""
         if mask is None:
-            return self._all
+            return np.ones(self.num_envs, dtype=bool)
         mask = np.asarray(mask)
         if mask.dtype != np.bool_ or mask.shape != (self.num_envs,) or not mask.any():
-            raise ValueError(f"options['reset_mask']: expected a boolean ({self.num_envs},) with a True, got {mask!r}")
-        return np.flatnonzero(mask)
+            raise ValueError(
+                f"options['reset_mask']: expected a boolean ({self.num_envs},) with a True, got {mask!r}"
+            )
+        if not self._seeded and not mask.all():
+            raise ValueError("options['reset_mask']: the first reset has to begin every environment")
+        return mask
 
-    def _seed(self, seed: int | Sequence[int | None] | None) -> None:
-        """Seed environment i with ``seed + i`` or ``seed[i]``; without a seed, once, from fresh entropy."""
-        if seed is None:
-            if not self._seeded:
-                self._core.episodes.seed(self.np_random.integers(2**63, size=self.num_envs, dtype=np.uint64), self._all)
-        elif isinstance(seed, int | np.integer):
-            self._core.episodes.seed(np.arange(seed, seed + self.num_envs).astype(np.uint64), self._all)
+    def _seed(self, seed: int | Sequence[int | None] | None, chosen: NDArray[np.bool_]) -> None:
+        """Seed the chosen environments i with ``seed + i`` or ``seed[i]``; those without a seed once, from fresh entropy."""
+        if seed is None or _is_integer(seed):
+            seeds: list[Any] = [seed if seed is None else seed + i for i in range(self.num_envs)]
         else:
-            seeds = list(seed)
-            if len(seeds) != self.num_envs:
-                raise ValueError(f"seed: {len(seeds)} seeds, expected one or {self.num_envs}")
-            given = np.asarray([i for i, value in enumerate(seeds) if value is not None], dtype=np.intp)
-            self._core.episodes.seed(np.asarray([seeds[i] for i in given], dtype=np.uint64), given)
-        self._seeded = True
+            seeds = list(seed) if isinstance(seed, Sequence | np.ndarray) else [seed] * self.num_envs
+        if len(seeds) != self.num_envs:
+            raise ValueError(f"seed: {len(seeds)} seeds, expected one or {self.num_envs}")
+        given = np.asarray([i for i in np.flatnonzero(chosen) if seeds[i] is not None], dtype=np.intp)
+        starts = _seeds([seeds[i] for i in given])
+        super().reset(seed=int(seed) if _is_integer(seed) else None)
+        if not self._seeded:
+            fresh = self.np_random.integers(2**63, size=self.num_envs, dtype=np.uint64)
+            self._core.episodes.seed(fresh, np.arange(self.num_envs))
+            self._seeded = True
+        self._core.episodes.seed(starts, given)
 
 
 def _with_masks(values: dict[str, NDArray[Any]], present: NDArray[np.bool_]) -> Info:
-    """Gymnasium's batched info: every array with a boolean ``_name`` that says where it holds."""
-    info: Info = dict(values)
-    info.update({f"_{name}": present for name in values})
-    return info
+    """Gymnasium's batched info: every array, zero where it does not hold, with a boolean ``_name`` that says where it does."""
+    info: Info = {name: np.where(present, value, np.zeros_like(value)) for name, value in values.items()}
+    return info | {f"_{name}": present.copy() for name in values}

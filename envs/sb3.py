@@ -32,8 +32,9 @@ class GymnasiumVecEnv(VecEnv):
         seeds = list(self._seeds) if any(seed is not None for seed in self._seeds) else None
         options = self._merged_options()
         observation, infos = self.envs.reset(seed=seeds, options=options)
-        names = [name for name in infos if not name.startswith("_")]
-        self.reset_infos = [{name: infos[name][i].item() for name in names} for i in range(self.num_envs)]
+        self.reset_infos = [
+            {name: infos[name][i].item() for name in _arrays(infos)} for i in range(self.num_envs)
+        ]
         self._reset_seeds()
         self._reset_options()
         return observation
@@ -45,11 +46,16 @@ class GymnasiumVecEnv(VecEnv):
     def step_wait(self) -> VecEnvStepReturn:
         """Step all environments."""
         observation, rewards, ended, truncated, infos = self.envs.step(self._actions)
-        step = infos["final_info"] if "final_info" in infos else infos
-        names = [name for name in step if not name.startswith("_")]
+        done = ended | truncated
+        step = infos
+        if "final_info" in infos:  # of the episodes that ended; infos itself tells of the others
+            final = infos["final_info"]
+            step = {
+                name: np.where(done, final[name], infos.get(name, final[name])) for name in _arrays(final)
+            }
+        names = _arrays(step)
         columns = [np.asarray(step[name]).tolist() for name in names]
         rows = [dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)]
-        done = ended | truncated
         for i in np.flatnonzero(done):
             rows[i]["terminal_observation"] = infos["final_obs"][i]
             rows[i]["TimeLimit.truncated"] = bool(truncated[i] and not ended[i])
@@ -72,7 +78,9 @@ class GymnasiumVecEnv(VecEnv):
         self._require_all(indices, "set_attr")
         setattr(self.envs, attr_name, value)
 
-    def env_method(self, method_name: str, *method_args: Any, indices: Any = None, **method_kwargs: Any) -> list[Any]:
+    def env_method(
+        self, method_name: str, *method_args: Any, indices: Any = None, **method_kwargs: Any
+    ) -> list[Any]:
         """Call a method of the batch, and return its result once per environment asked for."""
         result = getattr(self.envs, method_name)(*method_args, **method_kwargs)
         return [result for _ in self._get_indices(indices)]
@@ -99,9 +107,22 @@ class GymnasiumVecEnv(VecEnv):
         names = {name for options in self._options for name in options}
         for name in names:
             if not all(name in options for options in self._options):
-                raise ValueError(f"options: {name!r} is set for some environments only; set it for all or none")
-        return {name: np.asarray([options[name] for options in self._options]) for name in names} or None
+                raise ValueError(
+                    f"options: {name!r} is set for some environments only; set it for all or none"
+                )
+        columns = {name: [options[name] for options in self._options] for name in names}
+        return {name: np.asarray(column, dtype=object) for name, column in columns.items()} or None
 
     def _require_all(self, indices: Any, method: str) -> None:
         if len(list(self._get_indices(indices))) != self.num_envs:
             raise ValueError(f"indices={indices!r}: {method} acts on the whole batch of {self.num_envs}")
+
+
+def _arrays(infos: dict[str, Any]) -> list[str]:
+    """Names of the per-environment arrays: neither their masks, ``_name``, nor what a wrapper nests."""
+    nested = ("final_obs", "final_info")
+    return [
+        name
+        for name, value in infos.items()
+        if isinstance(value, np.ndarray) and name[0] != "_" and name not in nested
+    ]

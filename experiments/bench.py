@@ -16,6 +16,7 @@ from rich.table import Table
 
 from dsa_gym import storage
 from dsa_gym.domains import take
+from dsa_gym.experiments.train import check_env
 
 
 def bench(env_id: str, bundle: str | None, num_envs: int, repetitions: int, seed: int) -> dict[str, Any]:
@@ -35,6 +36,9 @@ def bench(env_id: str, bundle: str | None, num_envs: int, repetitions: int, seed
     Raises:
         ValueError: If an argument is wrong.
     """
+    check_env(env_id)
+    if seed < 0:
+        raise ValueError(f"seed={seed}: expected an integer >= 0")
     if repetitions < 2:
         raise ValueError(f"repetitions={repetitions}: expected at least 2")
     envs = gym.make_vec(env_id, num_envs=num_envs, bundle=bundle, cache_bytes=0)

@@ -27,10 +27,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _quiet(parsed.verbose)
     try:
         parsed.run(parsed)
-    except (ValueError, FloatingPointError, FileNotFoundError) as error:
+    except (ValueError, FloatingPointError, OSError) as error:
         if parsed.verbose:
             raise
-        print(f"dsa-gym {parsed.command}: {error}", file=sys.stderr)
+        print(f"dsa-gym {parsed.command}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"dsa-gym {parsed.command}: interrupted; the same command continues it", file=sys.stderr)
@@ -221,9 +221,17 @@ def _print_manifest(manifest: dict[str, Any], name: str) -> None:
 
 
 def _train(parsed: argparse.Namespace) -> None:
+    from dsa_gym.agents import agent_class
+    from dsa_gym.agents.base import zoo_defaults
+    from dsa_gym.config import parse_setting
     from dsa_gym.experiments.train import TrainConfig, train
     from dsa_gym.problem import DEFAULT_L0_PENALTY
 
+    agent_class(parsed.agent)  # an unknown one is named before its settings are
+    try:
+        settings = dict(parse_setting(text, zoo_defaults(parsed.agent)) for text in parsed.set)
+    except ValueError as error:
+        raise ValueError(f"--set: {error}") from error
     config = TrainConfig(
         env=parsed.env,
         agent=parsed.agent,
@@ -234,19 +242,10 @@ def _train(parsed: argparse.Namespace) -> None:
         granularity=parsed.granularity,
         l0_penalty=DEFAULT_L0_PENALTY if parsed.l0_penalty is None else parsed.l0_penalty,
         evaluate_every=parsed.evaluate_every,
-        settings=dict(_setting(text) for text in parsed.set),
+        settings=settings,
     )
     run = train(config, parsed.logdir)
     console.print(f"run: {run}\nnext: dsa-gym evaluate {run}\n      tensorboard --logdir {parsed.logdir}")
-
-
-def _setting(text: str) -> tuple[str, Any]:
-    import yaml
-
-    name, separator, value = text.partition("=")
-    if not separator or not name:
-        raise ValueError(f"--set {text!r}: expected NAME=VALUE")
-    return name, yaml.safe_load(value)
 
 
 def _evaluate(parsed: argparse.Namespace) -> None:

@@ -49,6 +49,8 @@ def evaluate(runs: Sequence[Path], split: str = "test") -> dict[str, Any]:
     loaded = [load_run(Path(run)) for run in runs]
     configs = [config for config, _ in loaded]
     reference = {**vars(configs[0]), "seed": None}
+    if len({config.seed for config in configs}) < len(configs):
+        raise ValueError(f"runs: seeds {[config.seed for config in configs]}, expected each of them once")
     for run, config in zip(runs, configs, strict=True):
         if {**vars(config), "seed": None} != reference:
             raise ValueError(f"run={str(run)!r}: differs from {str(runs[0])!r} in more than its seed")
@@ -74,12 +76,14 @@ def _judge(config: TrainConfig, agents: Sequence[Any], split: str) -> dict[str, 
     active = np.mean([problem.active_parameters(mask).mean() for mask in masks])
     ladder = build_ladder(problem, train, density=float(np.mean(masks)))
     result = summarise(ladder, agent=rewards)
+    ways = {"shuffled_users": "users", "shuffled_inputs": "inputs"}
+    if result["users"] < 2:
+        del ways["shuffled_users"]
     controls = {
-        name: np.mean([shuffled(problem, mask, over=over) for mask in masks], axis=0)
-        for name, over in (("shuffled_users", "users"), ("shuffled_inputs", "inputs"))
+        name: np.mean([shuffled(problem, mask, over=over) for mask in masks], axis=0) for name, over in ways.items()
     }
     drawn = resample({**controls, "static": ladder.rewards["static"]}, ladder.users)
-    result["controls"] = {
+    result["controls"] = {"shuffled_users": None} | {
         name: {
             **interval(float(value.mean()), drawn[name]),
             "gain_over_static": interval(

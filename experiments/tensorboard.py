@@ -28,7 +28,8 @@ class PolicyLog:
             problem: Inputs on which the policy is watched.
             start: Steps of a continued run; later events of the killed one are hidden.
         """
-        self._writer = SummaryWriter(str(folder), purge_step=start or None)
+        # events at `start` itself were written before the checkpoint and stay
+        self._writer = SummaryWriter(str(folder), purge_step=start + 1 if start else 0)
         self._problem = problem
         self._before: NDArray[np.float64] | None = None
 

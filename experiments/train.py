@@ -6,6 +6,7 @@ and, when it is finished, ``scores`` in ``run.json``. A killed run is continued 
 
 from __future__ import annotations
 
+import json
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,6 +24,17 @@ from dsa_gym.experiments.tensorboard import PolicyLog
 from dsa_gym.ladder import normalised_score
 from dsa_gym.problem import DEFAULT_L0_PENALTY, GatingProblem
 from dsa_gym.search import best_static
+
+
+def check_env(env_id: str) -> None:
+    """Refuse an id that is not that of a gating environment.
+
+    Raises:
+        ValueError: If it is not registered, or is another package's.
+    """
+    known = sorted(name for name, spec in gym.registry.items() if "domain" in spec.kwargs)
+    if env_id not in known:
+        raise ValueError(f"env={env_id!r}: not a registered gating environment; expected one of {', '.join(known)}")
 
 
 @dataclass(frozen=True)
@@ -60,9 +72,9 @@ class TrainConfig:
             ValueError: If a value is wrong; the message names it.
         """
         agent_class(self.agent)
-        if self.env not in gym.registry:
-            known = ", ".join(sorted(name for name in gym.registry if name.startswith("DSA-")))
-            raise ValueError(f"env={self.env!r}: not a registered id; expected one of {known}")
+        check_env(self.env)
+        if self.seed < 0:
+            raise ValueError(f"seed={self.seed}: expected an integer >= 0")
         for name in ("steps", "num_envs", "evaluate_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: expected a positive integer")
@@ -179,11 +191,8 @@ def train(config: TrainConfig, logdir: Path) -> Path:
 
 def _claim(run: Path, config: TrainConfig, agent: Agent) -> dict[str, Any]:
     """The manifest of a new run, or of the one that is there if it is the same."""
-    bundle = agent.scorer.bundle
-    asked = {
-        "config": {**asdict(config), "settings": agent.config},
-        "bundle": {"files": bundle.manifest["files"], "data": bundle.manifest["data"]},
-    }
+    asked = {"config": {**asdict(config), "settings": agent.config}, "bundle": _fingerprint(agent)}
+    asked = json.loads(json.dumps(asked))  # as it will be read again: tuples are lists
     if (run / "run.json").is_file():
         manifest: dict[str, Any] = storage.read_json(run / "run.json")
         if any(manifest.get(name) != value for name, value in asked.items()):
@@ -194,11 +203,17 @@ def _claim(run: Path, config: TrainConfig, agent: Agent) -> dict[str, Any]:
     return manifest
 
 
+def _fingerprint(agent: Agent) -> dict[str, Any]:
+    """What the bundle of an agent's environment holds, and what it was made from."""
+    manifest = agent.scorer.bundle.manifest
+    return {"files": manifest["files"], "data": manifest["data"]}
+
+
 def load_run(run: Path) -> tuple[TrainConfig, Agent]:
     """Load a finished run's configuration and agent.
 
     Raises:
-        ValueError: If the folder is no finished run.
+        ValueError: If the folder is no finished run, or its bundle has changed since.
     """
     run = Path(run)
     if not (run / "run.json").is_file():
@@ -208,5 +223,7 @@ def load_run(run: Path) -> tuple[TrainConfig, Agent]:
         raise ValueError(f"run={str(run)!r}: not finished; continue it with the command that began it")
     config = TrainConfig(**manifest["config"])
     agent = config.make_agent()
+    if _fingerprint(agent) != manifest["bundle"]:
+        raise ValueError(f"run={str(run)!r}: its bundle {config.bundle or 'of the package'} has been made anew since")
     agent.load(run)
     return config, agent

@@ -1,8 +1,14 @@
 """Settings and fixtures shared by all tests."""
 
 import importlib.util
+import multiprocessing
 import os
+import signal
+import time
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, distribution
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
 
 # Set before anything reads them: no network, no display, no forks that tokenizers would warn about.
 # Subprocesses inherit all four; PYTHONSAFEPATH keeps them from importing the checkout's `dsa_gym/` in place
@@ -16,6 +22,14 @@ import hypothesis
 import numpy as np
 import pytest
 import torch
+
+from dsa_gym.adaptation import AdaptationConfig
+from dsa_gym.data import read_texts
+from dsa_gym.experiments.cli import main
+from dsa_gym.library_training import LibraryTrainingConfig
+from dsa_gym.personas import PersonaConfig, write_personas
+from dsa_gym.population import SplitConfig
+from dsa_gym.prepare import AdapterConfig, PrepareConfig, prepare
 
 # The same examples in every run; a slow machine is not a failure.
 hypothesis.settings.register_profile("dsa-gym", derandomize=True, deadline=None, database=None)
@@ -50,3 +64,67 @@ def rng() -> np.random.Generator:
 def generator() -> torch.Generator:
     """A torch CPU generator with a fixed seed, new for every test."""
     return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def persona_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Persona text of 16 users with 30 to 40 texts each."""
+    path = tmp_path_factory.mktemp("data") / "personas.jsonl"
+    write_personas(PersonaConfig(users=16, min_texts=30, max_texts=40, seed=5), path)
+    return path
+
+
+SMALL = PrepareConfig(
+    splits=SplitConfig(validation=0.15, test=0.25, inputs={"train": 6, "seen": 4, "validation": 4, "test": 6}),
+    adapter=AdapterConfig(rank=8, pathways=4),
+    library=LibraryTrainingConfig(steps=12, users=4, support=2, query=4, validate_every=6),
+    adaptation=AdaptationConfig(steps=3),
+)
+"""A preparation that takes seconds: shows that the machinery works, not that it pays."""
+
+
+@pytest.fixture(scope="session")
+def bundle_folder(persona_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small bundle over the shipped backbone: 16 users, 4 pathways, losses under all 16 masks."""
+    folder = tmp_path_factory.mktemp("bundle") / "small"
+    raw = [(entry.user, entry.texts) for entry in read_texts([persona_file])]
+    prepare("text", raw, folder, SMALL, data_files=[persona_file])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def start_command() -> Callable[..., ForkServerProcess]:
+    """Starts ``dsa-gym ARGUMENTS`` in a process of its own, to be killed; the imports are paid for once."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        [
+            "dsa_gym.prepare",
+            "dsa_gym.experiments.cli",
+            "dsa_gym.experiments.train",
+            "transformers.models.gpt2.modeling_gpt2",
+        ]
+    )
+
+    def start(*arguments: object) -> ForkServerProcess:
+        process = context.Process(target=main, args=([str(argument) for argument in arguments],), daemon=True)
+        process.start()
+        return process
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def kill_when() -> Callable[..., bool]:
+    """Kills a process (SIGKILL) as soon as a condition holds; False if it ended before that."""
+
+    def kill(process: ForkServerProcess, condition: Callable[[], bool], *, delay: float = 0.0) -> bool:
+        until = time.monotonic() + 300
+        while process.is_alive() and not condition():
+            assert time.monotonic() < until, "the condition was not met in five minutes"
+            time.sleep(0.002)
+        time.sleep(delay)
+        process.kill()
+        process.join()
+        return process.exitcode == -signal.SIGKILL
+
+    return kill

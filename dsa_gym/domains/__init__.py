@@ -6,6 +6,7 @@ Everything else is domain-blind. A new domain is one module here and one line in
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from typing import Any, Protocol
 
 import torch
@@ -17,10 +18,19 @@ Examples = dict[str, Tensor]
 """Encoded examples: tensors whose first axis is the example."""
 
 
+DOMAINS: dict[str, str] = {"text": "dsa_gym.domains.text:TextDomain"}
+"""Name to ``module:class``; imported when it is asked for."""
+
+
 class Domain(Protocol):
     """What the rest of the system asks of a domain."""
 
     name: str
+
+    @classmethod
+    def build(cls, backbone_source: str, **settings: Any) -> Domain:
+        """Make the domain from its settings, with what belongs to a backbone (for text: its tokenizer)."""
+        ...
 
     def settings(self) -> dict[str, Any]:
         """The constructor arguments, as JSON, that make this domain again."""
@@ -59,14 +69,16 @@ def make_domain(name: str, settings: Mapping[str, Any], *, backbone_source: str)
     """Build a registered domain.
 
     Raises:
-        ValueError: If ``name`` is not registered.
+        ValueError: If ``name`` is not registered or ``settings`` are not the domain's.
     """
-    from dsa_gym.domains.text import TextDomain
-
-    domains = {"text": TextDomain}
-    if name not in domains:
-        raise ValueError(f"domain={name!r}: expected one of {', '.join(sorted(domains))}")
-    return domains[name].build(backbone_source, **settings)
+    if name not in DOMAINS:
+        raise ValueError(f"domain={name!r}: expected one of {', '.join(sorted(DOMAINS))}")
+    module, _, attribute = DOMAINS[name].partition(":")
+    try:
+        domain: Domain = getattr(import_module(module), attribute).build(backbone_source, **settings)
+    except TypeError as error:
+        raise ValueError(f"domain={dict(settings)}: not the settings of {name!r} ({error})") from error
+    return domain
 
 
 def rows_of(examples: Examples) -> int:

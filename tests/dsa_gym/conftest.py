@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +19,7 @@ from dsa_gym.observations import fit_projection
 from dsa_gym.pathways import AdapterShape
 from dsa_gym.population import Population, SplitConfig, encode_population
 from dsa_gym.pretrain import train_tokenizer
+from dsa_gym.problem import GatingProblem
 
 WORDS = [
     "river",
@@ -99,3 +103,48 @@ def observed(tiny: AdaptedModel, population: Population) -> tuple[torch.Tensor, 
         [whole[population.rows(u, "support")].mean(0) for u in range(len(population.users))]
     )
     return fit_projection(of_user, 3)(of_user), fit_projection(context, 4)(context)
+
+
+class TableProblem(GatingProblem):
+    """A gating problem whose losses (n, 2^G) are given, or (n, 2^G, 2) as shares of even and odd elements.
+
+    Every gate switches 100 parameters. It is its own support unless another problem is given.
+    """
+
+    def __init__(
+        self,
+        losses: np.ndarray,
+        user: np.ndarray,
+        *,
+        l0_penalty: float = 0.0,
+        reference: np.ndarray | None = None,
+        support: GatingProblem | None = None,
+        hidden: bool = False,
+    ) -> None:
+        halves = losses.ndim == 3
+        self._losses = losses.sum(-1) if halves else losses
+        gates = self._losses.shape[1].bit_length() - 1
+        self.table = None if hidden else self._losses
+        self.even_table = losses[..., 0] if halves else None
+        self.space: Any = SimpleNamespace(gates=gates, granularity="test")
+        self.user, self.l0_penalty = torch.from_numpy(user), l0_penalty
+        self.rows = torch.arange(len(user))
+        self._sizes = np.full(gates, 100.0)
+        self._reference, self._support = reference, support
+        self.cache_bytes = 0
+
+    def compute_losses(self, inputs: Any, gates: Any, *, batch_size: int = 256) -> Any:
+        return self._losses[inputs, gates.astype(np.int64) @ (1 << np.arange(self.gates))]
+
+    def reference_gates(self) -> Any:
+        assert self._reference is not None
+        return self._reference
+
+    def support(self) -> GatingProblem:
+        return self._support or self
+
+
+@pytest.fixture(scope="session")
+def table_problem() -> Callable[..., GatingProblem]:
+    """Makes a gating problem from a table of losses, see :class:`TableProblem`."""
+    return TableProblem
