@@ -37,15 +37,17 @@ class AdaptedModel:
         phi: Tensor | None,
         mask: Tensor | None = None,
         *,
+        users: Tensor | None = None,
         training: bool = False,
         parts: bool = False,
     ) -> Tensor:
         """Loss of each example in nats.
 
         Args:
-            examples: Rows grouped by user, equally many for each row of ``phi``.
+            examples: Rows grouped by user, equally many for each user.
             phi: Flat adapter parameters (users, P); None for the bare backbone.
             mask: Component mask (rows, sites, rank), parameter mask (rows, P), or None for everything on.
+            users: Row of ``phi`` of each user of the batch, int64; None if ``phi`` holds just them, in order.
             training: Whether the adapters' dropout is on.
             parts: Return the shares that even and odd scored elements have in the loss, (rows, 2); they sum to it.
 
@@ -57,20 +59,22 @@ class AdaptedModel:
         """
         adapters = None
         if phi is not None:
-            self._check(rows_of(examples), phi, mask)
+            self._check(rows_of(examples), phi, mask, len(phi) if users is None else len(users))
             if mask is not None and mask.ndim == 2:
-                rows = mask.shape[0] // phi.shape[0]
-                phi, mask = (phi.repeat_interleave(rows, 0) if rows > 1 else phi) * mask, None
-            adapters = ActiveAdapters(self.shape, phi, mask, training)
+                own = phi if users is None else phi[users]
+                rows = mask.shape[0] // own.shape[0]
+                phi, users, mask = (own.repeat_interleave(rows, 0) if rows > 1 else own) * mask, None, None
+            adapters = ActiveAdapters(self.shape, phi, mask, users, training)
         with self.backbone.adapted(adapters) as model:
             return self.domain.losses(model, examples, parts=parts)
 
-    def _check(self, rows: int, phi: Tensor, mask: Tensor | None) -> None:
+    def _check(self, rows: int, phi: Tensor, mask: Tensor | None, users: int) -> None:
         """Refuse shapes that broadcasting would take for something else."""
         size = self.shape.size
-        if phi.ndim != 2 or phi.shape[1] != size or not len(phi) or rows % len(phi):
+        if phi.ndim != 2 or phi.shape[1] != size or not users or rows % users:
             raise ValueError(
-                f"phi: {tuple(phi.shape)} for {rows} examples, expected (users, {size}) with users a divisor of {rows}"
+                f"phi: {tuple(phi.shape)} for {rows} examples of {users} users, expected (users, {size}) with a number of "
+                f"users that divides {rows}"
             )
         component = (rows, len(self.shape.sites), self.shape.rank)
         if mask is not None and tuple(mask.shape) not in (component, (rows, size)):

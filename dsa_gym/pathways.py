@@ -82,21 +82,23 @@ class AdapterShape:
         """The distinct transformer blocks that have a site, ascending."""
         return tuple(sorted({site.layer for site in self.sites}))
 
-    def matrices(self, phi: Tensor, site: int) -> tuple[Tensor, Tensor]:
-        """Views of one site in flat parameters.
+    def matrices(self, phi: Tensor, site: int, users: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The matrices of one site in flat parameters: views, or copies of chosen rows.
 
         Args:
             phi: Flat parameters (users, P).
             site: Index of the site.
+            users: Rows to take, int64; None for all as they are.
 
         Returns:
             ``W_up`` (users, d, r) and ``W_down`` (users, r, d).
         """
         begin, width = self.offsets[site], self.sites[site].width
         end = begin + width * self.rank
-        up = phi[:, begin:end].view(-1, width, self.rank)
-        down = phi[:, self.half + begin : self.half + end].view(-1, self.rank, width)
-        return up, down
+        up, down = phi[:, begin:end], phi[:, self.half + begin : self.half + end]
+        if users is not None:
+            up, down = up.index_select(0, users), down.index_select(0, users)
+        return up.view(-1, width, self.rank), down.view(-1, self.rank, width)
 
     def component_of(self) -> Tensor:
         """Index ``site * rank + component`` of every flat parameter, int64 (P,)."""
@@ -133,6 +135,8 @@ class ActiveAdapters:
     Attributes:
         shape: Geometry.
         phi: Flat parameters (users, P); the rows of the batch are grouped by user, equally many each.
+        users: Row of ``phi`` of each user of the batch, int64; None if ``phi`` holds just them. Rows are taken site by site,
+            so that they are still in the processor's cache when they are multiplied.
         gates: Component mask (rows, sites, rank) or None for all on. Masking a component's activation is masking its
             column of ``W_up`` and its row of ``W_down``.
         training: Whether dropout is on.
@@ -141,24 +145,23 @@ class ActiveAdapters:
     shape: AdapterShape
     phi: Tensor
     gates: Tensor | None = None
+    users: Tensor | None = None
     training: bool = False
 
     def __call__(self, hidden: Tensor, site: int) -> Tensor:
         """Return ``h + Dropout(relu(h W_up) W_down)`` for a sublayer's output (rows, tokens, d) or (rows * tokens, d)."""
         # parameters and gates may be wider than a backbone in half precision
-        up, down = (matrix.to(hidden.dtype) for matrix in self.shape.matrices(self.phi, site))
-        users, rank = up.shape[0], self.shape.rank
+        up, down = (matrix.to(hidden.dtype) for matrix in self.shape.matrices(self.phi, site, self.users))
+        users, rank, width = up.shape[0], self.shape.rank, hidden.shape[-1]
         if users == 1:
-            grouped = hidden
-            up, down = up[0], down[0]
+            grouped, up, down, add = hidden.reshape(-1, width), up[0], down[0], torch.addmm
         else:
-            grouped = hidden.reshape(users, -1, hidden.shape[-1])
+            grouped, add = hidden.reshape(users, -1, width), torch.baddbmm
         units = torch.relu(grouped @ up)
         if self.gates is not None:
             gate = self.gates[:, site].to(hidden.dtype)  # (rows, rank)
             units = (units.reshape(gate.shape[0], -1, rank) * gate[:, None]).view_as(units)
-        change = units @ down
         if self.training and self.shape.dropout:
-            change = nn.functional.dropout(change, self.shape.dropout)
-        return hidden + change.view_as(hidden)
+            return hidden + nn.functional.dropout(units @ down, self.shape.dropout).view_as(hidden)
+        return add(grouped, units, down).view_as(hidden)
 

@@ -137,24 +137,33 @@ class GatingProblem:
             return self.compute_losses(inputs, gates)
         return self._cached_losses(inputs, gates)
 
-    def compute_losses(self, inputs: NDArray[np.int64], gates: Bits, *, batch_size: int = 256) -> NDArray[np.float32]:
-        """The same through the model, whatever is known already."""
+    def compute_losses(
+        self, inputs: NDArray[np.int64], gates: Bits | None, *, batch_size: int = 256
+    ) -> NDArray[np.float32]:
+        """The same through the model, whatever is known already; without gates, of the bare backbone."""
         pieces = []
         with torch.inference_mode():
             for start in range(0, len(inputs), batch_size):
                 index = torch.from_numpy(inputs[start : start + batch_size])
                 rows, users = self.rows[index], self.user[index]
                 examples = to_device(take(self.bundle.examples, rows), self.device)
-                bits = torch.from_numpy(gates[start : start + batch_size]).to(self.device, torch.float32)
-                phi = self._phi[users[:1]] if bool((users == users[0]).all()) else self._phi[users]
-                pieces.append(self.model.losses(examples, phi, self.space.expand(bits)).float().cpu())
+                if gates is None:
+                    losses = self.model.losses(examples, None)
+                else:
+                    if bool((users == users[0]).all()):
+                        users = users[:1]
+                    bits = torch.from_numpy(gates[start : start + batch_size]).to(self.device, torch.float32)
+                    mask = self.space.expand(bits)
+                    losses = self.model.losses(examples, self._phi, mask, users=users.to(self.device))
+                pieces.append(losses.float().cpu())
         return torch.cat(pieces).numpy()
 
     def relaxed_losses(self, inputs: Tensor, gates: Tensor) -> Tensor:
         """Losses in nats (rows,), differentiable with respect to gates (rows, G) in [0, 1]."""
         rows, users = self.rows[inputs], self.user[inputs]
         examples = to_device(take(self.bundle.examples, rows), self.device)
-        losses = self.model.losses(examples, self._phi[users], self.space.expand(gates.to(self.device)))
+        mask = self.space.expand(gates.to(self.device))
+        losses = self.model.losses(examples, self._phi, mask, users=users.to(self.device))
         return losses.to(gates.device)
 
     def _cached_losses(self, inputs: NDArray[np.int64], gates: Bits) -> NDArray[np.float32]:
