@@ -48,8 +48,8 @@ def make_agent(name: str, env: Any, seed: int = 0, **config: Any) -> Agent:
 
     Args:
         name: A key of :data:`AGENTS`.
-        env: A Gymnasium environment or a stable-baselines3 ``VecEnv`` with a ``Dict`` observation of ``Box`` es and a
-            ``MultiBinary`` action.
+        env: A Gymnasium environment or a stable-baselines3 ``VecEnv`` with a ``Dict`` observation of vectors
+            and a ``MultiBinary`` action.
         seed: Seeds everything random in the agent.
         **config: Overrides of the agent's tuned defaults (``agents/zoo/NAME.yaml``).
 

@@ -19,11 +19,11 @@ from dsa_gym import storage
 Bits = NDArray[np.uint8]
 Observation = dict[str, NDArray[np.float32]]
 OnUpdate = Callable[[int, dict[str, float]], None]
-"""``on_update(steps, scalars)``: called after every update with the environment steps so far and what was measured."""
+"""``on_update(steps, scalars)``: called after updates with the steps so far and what was measured."""
 
 
 class Scorer(Protocol):
-    """What an environment offers, as its attribute ``problem``, to agents that need more than the Gymnasium API."""
+    """What an environment offers as its attribute ``problem`` to agents that need more than Gymnasium."""
 
     user: Tensor
     """User of each input, int64 (n,)."""
@@ -82,7 +82,7 @@ class Agent(ABC):
 
     name: ClassVar[str]
     minimum: ClassVar[dict[str, float]] = {}
-    """Least value of each numeric setting; one of 0.0 or more is a lower bound, an integer setting counts something."""
+    """Least value of each numeric setting that has one."""
 
     def __init__(self, env: Any, seed: int = 0, **config: Any) -> None:
         """Check the spaces and merge ``config`` into the tuned defaults.
@@ -105,7 +105,8 @@ class Agent(ABC):
         unknown = sorted(set(config) - set(defaults))
         if unknown:
             raise ValueError(
-                f"{self.name}: unknown setting {unknown[0]!r}; expected one of {', '.join(sorted(defaults)) or 'none'}"
+                f"{self.name}: unknown setting {unknown[0]!r}; expected one of "
+                f"{', '.join(sorted(defaults)) or 'none'}"
             )
         self.env, self.seed, self.gates = env, int(seed), int(action.n)
         self.config: dict[str, Any] = {**defaults, **config}
@@ -146,7 +147,7 @@ class Agent(ABC):
                 f"env: agent {self.name!r} needs an environment that offers 'problem', a Scorer"
             ) from error
 
-    def learn(self, steps: int, on_update: OnUpdate | None = None) -> None:
+    def learn(self, steps: int, on_update: OnUpdate | None = None) -> None:  # noqa: B027 - most do not
         """Learn for a number of environment steps; agents that do not learn return at once."""
 
     @abstractmethod
@@ -155,11 +156,12 @@ class Agent(ABC):
 
         Args:
             observation: A batch of observations.
-            info: What ``reset`` said of them, ``user`` and ``input`` (rows,); only agents that look users or inputs up
-                need it.
+            info: What ``reset`` said of them, ``user`` and ``input`` (rows,); only agents that look users or
+                inputs up need it.
 
         Raises:
-            ValueError: If the observation is not a batch of the environment's, or ``info`` lacks what is needed.
+            ValueError: If the observation is not a batch of the environment's, or ``info`` lacks what is
+                needed.
         """
 
     def rows(self, observation: Observation) -> int:
@@ -189,10 +191,10 @@ class Agent(ABC):
         return self.predict(observation).astype(np.float64)
 
     def state(self) -> dict[str, Tensor]:
-        """Tensors that, with the settings, are the agent, its optimiser included; saved and restored by name."""
+        """Tensors that, with the settings, are the agent, its optimiser included."""
         return {}
 
-    def load_state(self, tensors: dict[str, Tensor]) -> None:
+    def load_state(self, tensors: dict[str, Tensor]) -> None:  # noqa: B027 - nor have a state
         """Take over what :meth:`state` returned."""
 
     @property
@@ -201,7 +203,7 @@ class Agent(ABC):
         return 0
 
     def save(self, folder: Path) -> None:
-        """Write ``agent.json`` and ``agent.safetensors`` into a folder; neither can run code when it is loaded."""
+        """Write ``agent.json`` and ``agent.safetensors``; neither can run code when it is loaded."""
         record = {
             "agent": self.name,
             "seed": self.seed,
@@ -221,8 +223,8 @@ class Agent(ABC):
         record = storage.read_json(Path(folder) / "agent.json")
         if record["agent"] != self.name or record["gates"] != self.gates:
             raise ValueError(
-                f"{folder}: holds agent {record['agent']!r} for {record['gates']} gates, expected {self.name!r} for "
-                f"{self.gates}"
+                f"{folder}: holds agent {record['agent']!r} for {record['gates']} gates, "
+                f"expected {self.name!r} for {self.gates}"
             )
         own = json.loads(json.dumps(self.config))
         differ = sorted(
@@ -231,8 +233,8 @@ class Agent(ABC):
         if differ:
             name = differ[0]
             raise ValueError(
-                f"{folder}: was saved with {name}={record['config'].get(name)!r}, this agent has {own.get(name)!r}; make "
-                "it with the saved settings"
+                f"{folder}: was saved with {name}={record['config'].get(name)!r}, "
+                f"this agent has {own.get(name)!r}; make it with the saved settings"
             )
         self.seed = int(record["seed"])
         self.load_state(storage.read_tensors(Path(folder) / "agent.safetensors"))

@@ -17,8 +17,8 @@ from dsa_gym.gating import GateConfig, GatingNetwork
 class GumbelAgent(Agent):
     """Minimises ``loss + l0_penalty * active_parameters`` by the gradient through relaxed gates.
 
-    Each gate is a binary concrete variable (Maddison et al., 2017; Jang et al., 2017). It needs a loss that is differentiable in
-    the mask, which the reward's other forms (ROUGE, NDCG, bytes) are not.
+    Each gate is a binary concrete variable (Maddison et al., 2017; Jang et al., 2017). It needs a loss that
+    is differentiable in the mask, which the reward's other forms (ROUGE, NDCG, bytes) are not.
     """
 
     name = "gumbel"

@@ -21,8 +21,8 @@ from dsa_gym.agents.base import Agent, Bits, Observation, OnUpdate
 class TrainingView(VecEnvWrapper):
     """What PPO sees of its environments while it learns.
 
-    - Rewards are relative to the running mean of the same input's rewards, so that how hard an input is does not swamp what
-      the mask does. That is a baseline: it does not change which policy is best.
+    - Rewards are relative to the running mean of the same input's rewards, so that how hard an input is does
+      not swamp what the mask does. That is a baseline: it does not change which policy is best.
     - Optionally, Gaussian noise on the observations, so that the policy cannot memorise the training users.
 
     Attributes:
@@ -107,8 +107,9 @@ class _Forward(KVWriter):
 class PPOAgent(Agent):
     """Proximal policy optimisation (Schulman et al., 2017) over independent Bernoulli gates.
 
-    A contextual bandit has ``gamma = 0``. The entropy bonus is per gate (its coefficient is ``entropy / G``, for the entropy of
-    all gates is a sum), and the weights decay, since what matters are users that were never seen.
+    A contextual bandit has ``gamma = 0``. The entropy bonus is per gate (its coefficient is ``entropy / G``,
+    for the entropy of all gates is a sum), and the weights decay, since what matters are users that were
+    never seen.
     """
 
     name = "ppo"
@@ -215,7 +216,7 @@ class PPOAgent(Agent):
         return tensors | {"steps": torch.tensor(self.steps)}
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """Take over what :meth:`state` returned; a resumed run draws from generators seeded by seed and step count."""
+        """Take over what :meth:`state` returned; the generators start from seed and step count."""
         self.model.policy.load_state_dict({k[7:]: v for k, v in tensors.items() if k.startswith("policy.")})
         storage.load_optimizer_tensors(self.model.policy.optimizer, tensors)
         self.view.baseline, self.view.visits = (

@@ -15,6 +15,9 @@ so that at `user_similarity = 1` all personas draw from one distribution. With `
 part of a text (sentence, sign-off, surface) is written in the style of the persona's home register with
 probability s (its opening with probability s^2), in that of its own register otherwise.
 
+With `odd_spelling = p` each register of a persona is, with probability p, typed in one of the `SPELLINGS` from
+beginning to end: capitals, dropped vowels, and so on.
+
 All names are invented; there are no brands, real people or private data in here.
 """
 
@@ -36,6 +39,8 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
+from dsa_gym.spellings import SPELLINGS
+
 MIN_CHARACTERS = 60
 MAX_CHARACTERS = 250
 
@@ -51,6 +56,7 @@ class PersonaConfig:
         registers: fewest and most registers of a persona, each from 1 to the number of `REGISTERS`.
         user_similarity: from 0 (nothing shared beyond the grammar) to 1 (all draw from one distribution).
         register_similarity: from 0 (a persona's registers have disjoint styles) to 1 (one style for all).
+        odd_spelling: probability that a register of a persona is typed in one of the `SPELLINGS`.
         seed: seed of the population, at least 0.
     """
 
@@ -60,6 +66,7 @@ class PersonaConfig:
     registers: tuple[int, int] = (2, 3)
     user_similarity: float = 0.3
     register_similarity: float = 0.2
+    odd_spelling: float = 0.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -82,7 +89,7 @@ class PersonaConfig:
             raise ValueError(wanted)
         if not 1 <= self.registers[0] <= self.registers[1] <= len(REGISTERS):
             raise ValueError(wanted)
-        for name in ("user_similarity", "register_similarity"):
+        for name in ("user_similarity", "register_similarity", "odd_spelling"):
             value = getattr(self, name)
             if not isinstance(value, Real) or isinstance(value, bool) or not 0 <= float(value) <= 1:
                 raise ValueError(f"{name}={value!r} must be a number from 0 to 1")
@@ -95,7 +102,7 @@ class PersonaText:
     Attributes:
         user: opaque name of the persona, such as `persona-0007-Mira`.
         index: position in the persona's own time order, from 0.
-        text: the message, 60 to 250 characters on one line.
+        text: the message on one line, 60 to 250 characters before an odd spelling.
         register: one of `REGISTERS`.
         topic: one of `TOPICS`.
     """
@@ -231,6 +238,7 @@ class _Persona:
             0.5, size=(len(self.registers), len(TOPICS))
         )  # what it rather chats about, or mails about
         tilt = (tilt + 0.02) ** ((1 - config.register_similarity) * (1 - config.user_similarity))
+        self.spellings = self._own_spellings(number)
         self.topics = {r: _choice(TOPICS, taste * row) for r, row in zip(self.registers, tilt, strict=True)}
 
     def texts(self) -> Iterator[PersonaText]:
@@ -242,7 +250,16 @@ class _Persona:
             text = ""
             while not MIN_CHARACTERS <= len(text) <= MAX_CHARACTERS:
                 text = self._write(register, topic)
-            yield PersonaText(self.user, index, text, register, topic)
+            yield PersonaText(self.user, index, self.spellings[register](text), register, topic)
+
+    def _own_spellings(self, number: int) -> dict[str, Callable[[str], str]]:
+        """Draw how each register is typed, from draws of its own: the words do not depend on it."""
+        rng = np.random.default_rng(np.random.SeedSequence(int(self.config.seed), spawn_key=(number, 1)))
+        odd = list(SPELLINGS.values())
+        return {
+            register: odd[int(rng.integers(len(odd)))] if rng.random() < self.config.odd_spelling else str
+            for register in self.registers
+        }
 
     def _own_registers(self) -> tuple[str, ...]:
         """Draw which registers the persona writes in; the first is its home register."""

@@ -1,7 +1,7 @@
 """Gymnasium environments over prepared bundles.
 
-``import dsa_gym`` registers them; ``gym.make("DSA-Text-v0")`` and ``gym.make_vec("DSA-Text-v0", num_envs=64)`` make them, and
-:func:`make_sb3_vec_env` makes a native stable-baselines3 ``VecEnv``.
+``import dsa_gym`` registers them; ``gym.make("DSA-Text-v0")`` and
+``gym.make_vec("DSA-Text-v0", num_envs=64)`` make them, and :func:`make_sb3_vec_env` makes a native stable-baselines3 ``VecEnv``.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ ENVIRONMENTS: dict[str, dict[str, Any]] = {"DSA-Text-v0": {"domain": "text"}}
 
 
 def register() -> None:
-    """Register every environment id with Gymnasium; entry points are strings, so nothing heavy is imported."""
+    """Register every id with Gymnasium; entry points are strings, so nothing heavy is imported."""
     for name, kwargs in ENVIRONMENTS.items():
         if name not in gym.registry:
             gym.register(

@@ -1,8 +1,9 @@
 """The state of a batch of episodes: whose turn it is, on which input, and how every draw follows from a seed.
 
-Scalar and vector environments share it: a scalar environment is a batch of one. Draws are counter-based (SplitMix64; Steele et
-al., 2014): the t-th draw of an environment is a hash of its key and t, so a whole batch draws in a few array operations and
-yet environment i of a batch draws exactly what a scalar environment with the same seed would.
+Scalar and vector environments share it: a scalar environment is a batch of one. Draws are counter-based
+(SplitMix64; Steele et al., 2014): the t-th draw of an environment is a hash of its key and t, so a whole
+batch draws in a few array operations and yet environment i of a batch draws exactly what a scalar environment
+with the same seed would.
 """
 
 from __future__ import annotations
@@ -58,7 +59,8 @@ class Episodes:
         Args:
             where: Indices of environments.
             user: Their user, or -1 to draw one uniformly.
-            first: Their first input, or -1 to draw one of the user's uniformly. A given input decides the user.
+            first: Their first input, or -1 to draw one of the user's uniformly. A given input decides the
+                user.
         """
         drawn = self._users[self._draw(where, len(self._users))]
         owner = np.where(first >= 0, self._owners[first], np.where(user >= 0, user, drawn))
@@ -68,7 +70,7 @@ class Episodes:
         self.input[where] = np.where(first >= 0, first, own)
 
     def advance(self) -> NDArray[np.bool_]:
-        """Count a step in every environment and draw the next input of those that go on; returns which ended."""
+        """Count a step everywhere and draw the next input of those that go on; returns which ended."""
         self.steps += 1
         ended = self.steps >= self._length
         going = np.flatnonzero(~ended)

@@ -27,7 +27,7 @@ Info = dict[str, Any]
 
 
 class _Gating:
-    """What the scalar and the vector environment share: arguments, spaces, the problem, and one batched step."""
+    """What scalar and vector environment share: arguments, spaces, the problem, one batched step."""
 
     def __init__(
         self,
@@ -269,16 +269,16 @@ class GatingEnv(gym.Env[Observation, NDArray[np.int8]]):
 
     ## Description
 
-    A frozen transformer carries a library of adapter pathways that all users share and a tiny sparse change of each user's
-    own. Before an input is processed the agent sees who the user is and how the input begins, and switches G gates. The gates
-    expand to a binary mask m over the adapter parameters, and the model `M(x; theta, phi_u * m)` is scored on the rest of
-    the input. With `episode_length=1` this is a contextual bandit (use `gamma=0`). What counts is how well a policy does for
-    users that it has never seen.
+    A frozen transformer carries a library of adapter pathways that all users share and a tiny sparse change
+    of each user's own. Before an input is processed the agent sees who the user is and how the input begins,
+    and switches G gates. The gates expand to a binary mask m over the adapter parameters, and the model `M(x;
+    theta, phi_u * m)` is scored on the rest of the input. With `episode_length=1` this is a contextual bandit
+    (use `gamma=0`). What counts is how well a policy does for users that it has never seen.
 
     ## Action Space
 
-    `MultiBinary(G)`: one bit per gate. What a gate switches depends on `granularity`, for the default bundle (4 layers, 8
-    sites of width 128, rank 32, 8 pathways):
+    `MultiBinary(G)`: one bit per gate. What a gate switches depends on `granularity`, for the default bundle
+    (4 layers, 8 sites of width 128, rank 32, 8 pathways):
 
     | granularity | a gate switches | G |
     |-------------|-----------------|---|
@@ -299,20 +299,21 @@ class GatingEnv(gym.Env[Observation, NDArray[np.int8]]):
 
     ## Rewards
 
-    `reward = -loss - l0_penalty * active_parameters`: the loss in nats (text: mean cross-entropy per token of the true
-    continuation) and the number of adapter parameters that the mask switches on. It is deterministic given user, input and
-    mask. `info` holds `loss` (nats), `active_parameters`, `density` (share of all adapter parameters), `user` and `input`
-    (indices) of the step; after `reset`, `user` and `input` of the first decision.
+    `reward = -loss - l0_penalty * active_parameters`: the loss in nats (text: mean cross-entropy per token of
+    the true continuation) and the number of adapter parameters that the mask switches on. It is deterministic
+    given user, input and mask. `info` holds `loss` (nats), `active_parameters`, `density` (share of all
+    adapter parameters), `user` and `input` (indices) of the step; after `reset`, `user` and `input` of the
+    first decision.
 
     ## Starting State
 
-    A user is drawn uniformly, then one of the user's inputs. `reset(options={"user": U, "input": I})` fixes either or both; a
-    user is an index or a name, an input an index into the split.
+    A user is drawn uniformly, then one of the user's inputs. `reset(options={"user": U, "input": I})` fixes
+    either or both; a user is an index or a name, an input an index into the split.
 
     ## Episode End
 
-    Terminates after `episode_length` steps; the user stays and every step draws another input of that user. The observation
-    returned with the last step is the one that was acted on.
+    Terminates after `episode_length` steps; the user stays and every step draws another input of that user.
+    The observation returned with the last step is the one that was acted on.
 
     ## Arguments
 
@@ -322,14 +323,17 @@ class GatingEnv(gym.Env[Observation, NDArray[np.int8]]):
     ```
 
     * `bundle`: folder written by `dsa-gym prepare`; None for the domain's shipped bundle.
-    * `split`: `train` (training users' query inputs), `seen` (the same users, inputs never trained on), `validation` and
-      `test` (users that nothing was trained on).
-    * `granularity`: see above. Tables of measured losses serve the granularity that the library was trained under.
-    * `l0_penalty`: lambda, nats per active parameter, >= 0. The default prices everything on at about 0.1 nats.
+    * `split`: `train` (training users' query inputs), `seen` (the same users, inputs never trained on),
+      `validation` and `test` (users that nothing was trained on).
+    * `granularity`: see above. Tables of measured losses serve the granularity that the library was trained
+      under.
+    * `l0_penalty`: lambda, nats per active parameter, >= 0. The default prices everything on at about 0.1
+      nats.
     * `episode_length`: inputs per episode.
     * `device`: `"auto"`, `"cpu"`, `"cuda"`.
     * `render_mode`: `"ansi"` or `"rgb_array"`.
-    * `cache_bytes`: bound on remembered losses; 0 computes every loss through the model and ignores the bundle's tables.
+    * `cache_bytes`: bound on remembered losses; 0 computes every loss through the model and ignores the
+      bundle's tables.
 
     ## Version History
 
@@ -410,12 +414,13 @@ class GatingEnv(gym.Env[Observation, NDArray[np.int8]]):
 
 
 class GatingVectorEnv(VectorEnv[Observation, NDArray[Any], NDArray[Any]]):
-    """Natively batched :class:`GatingEnv`: one forward serves all environments, whatever their users and masks.
+    """Natively batched :class:`GatingEnv`: one forward serves all, whatever their users and masks.
 
-    Environment i draws what a scalar environment seeded with ``seed + i`` draws. Autoreset happens in the same step:
-    ``infos["final_obs"]`` and ``infos["final_info"]`` hold what the ended episodes returned, the rest of ``infos`` the
-    identities of the next decision; all of it is laid out as ``gymnasium.vector.SyncVectorEnv`` does. A ``user`` or ``input``
-    in the options of ``reset`` is one for all environments or an array (num_envs,).
+    Environment i draws what a scalar environment seeded with ``seed + i`` draws. Autoreset happens in the
+    same step: ``infos["final_obs"]`` and ``infos["final_info"]`` hold what the ended episodes returned, the
+    rest of ``infos`` the identities of the next decision; all of it is laid out as
+    ``gymnasium.vector.SyncVectorEnv`` does. A ``user`` or ``input`` in the options of ``reset`` is one for
+    all environments or an array (num_envs,).
     """
 
     metadata = {**GatingEnv.metadata, "autoreset_mode": AutoresetMode.SAME_STEP}
@@ -497,7 +502,7 @@ class GatingVectorEnv(VectorEnv[Observation, NDArray[Any], NDArray[Any]]):
         if not ended.all():
             infos |= _with_masks(scored, ~ended)
         if ended.any():
-            # those that ended already stand before their next decision, the others report the one that they made
+            # those that ended stand before their next decision, the others report the one they made
             now = {
                 name: np.where(ended, value, scored[name]) for name, value in self._core.identities().items()
             }
@@ -522,7 +527,7 @@ class GatingVectorEnv(VectorEnv[Observation, NDArray[Any], NDArray[Any]]):
         return mask
 
     def _seed(self, seed: int | Sequence[int | None] | None, chosen: NDArray[np.bool_]) -> None:
-        """Seed the chosen environments i with ``seed + i`` or ``seed[i]``; those without a seed once, from fresh entropy."""
+        """Seed chosen environment i with ``seed + i`` or ``seed[i]``; all once from fresh entropy."""
         if seed is None or _is_integer(seed):
             seeds: list[Any] = [seed if seed is None else seed + i for i in range(self.num_envs)]
         else:
@@ -540,6 +545,6 @@ class GatingVectorEnv(VectorEnv[Observation, NDArray[Any], NDArray[Any]]):
 
 
 def _with_masks(values: dict[str, NDArray[Any]], present: NDArray[np.bool_]) -> Info:
-    """Gymnasium's batched info: every array, zero where it does not hold, with a boolean ``_name`` that says where it does."""
+    """Gymnasium's batched info: each array, zero where it does not hold, and a ``_name`` that says where."""
     info: Info = {name: np.where(present, value, np.zeros_like(value)) for name, value in values.items()}
     return info | {f"_{name}": present.copy() for name in values}

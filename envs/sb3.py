@@ -11,7 +11,7 @@ from stable_baselines3.common.vec_env.base_vec_env import VecEnv, VecEnvObs, Vec
 
 
 class GymnasiumVecEnv(VecEnv):
-    """Hands whole batches through; only the list of infos that stable-baselines3 asks for is made per environment."""
+    """Hands whole batches through; only the list of infos that SB3 asks for is made per environment."""
 
     def __init__(self, envs: VectorEnv[Any, Any, Any]) -> None:
         """Wrap ``envs``.

@@ -74,6 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     personas.add_argument("--max-texts", type=int, default=500)
     personas.add_argument("--user-similarity", type=float, default=0.3)
     personas.add_argument("--register-similarity", type=float, default=0.2)
+    personas.add_argument("--odd-spelling", type=float, default=0.0, help="share of registers typed in an odd spelling")
     personas.add_argument("--seed", type=int, default=0)
 
     pretrain = commands.add_parser("pretrain", help="pre-train a domain's small backbone")
@@ -139,6 +140,7 @@ def _personas(parsed: argparse.Namespace) -> None:
         max_texts=parsed.max_texts,
         user_similarity=parsed.user_similarity,
         register_similarity=parsed.register_similarity,
+        odd_spelling=parsed.odd_spelling,
         seed=parsed.seed,
     )
     rows = write_personas(config, parsed.out)

@@ -316,12 +316,12 @@ def test_wrappers(env_id: str, bundle_folder: Path, tmp_path: Path) -> None:
 @every_id
 def test_video(env_id: str, bundle_folder: Path, tmp_path: Path) -> None:
     env = gym.wrappers.RecordVideo(
-        make(env_id, bundle_folder, render_mode="rgb_array"), str(tmp_path), disable_logger=True
+        make(env_id, bundle_folder, render_mode="rgb_array"), str(tmp_path / "video"), disable_logger=True
     )
     env.reset(seed=0)
     env.step(env.action_space.sample())
     env.close()
-    assert [path.suffix for path in tmp_path.iterdir()] == [".mp4"]
+    assert [path.suffix for path in (tmp_path / "video").iterdir()] == [".mp4"]
 
 
 @every_id
