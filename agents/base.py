@@ -95,9 +95,7 @@ class Agent(ABC):
             raise ValueError(f"env: {self.name!r} acts on MultiBinary(G), got {action}")
         if not isinstance(observation, spaces.Dict) or not {"user", "context"} <= set(observation.spaces):
             raise ValueError(f"env: {self.name!r} observes a Dict of user and context, got {observation}")
-        if not all(
-            isinstance(box, spaces.Box) and len(box.shape) == 1 for box in observation.spaces.values()
-        ):
+        if not all(isinstance(box, spaces.Box) and len(box.shape) == 1 for box in observation.spaces.values()):
             raise ValueError(f"env: {self.name!r} observes vectors, Boxes of shape (dim,), got {observation}")
         if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or not 0 <= seed < 2**31:
             raise ValueError(f"seed={seed!r}: expected an integer from 0 to 2^31 - 1")
@@ -105,8 +103,7 @@ class Agent(ABC):
         unknown = sorted(set(config) - set(defaults))
         if unknown:
             raise ValueError(
-                f"{self.name}: unknown setting {unknown[0]!r}; expected one of "
-                f"{', '.join(sorted(defaults)) or 'none'}"
+                f"{self.name}: unknown setting {unknown[0]!r}; expected one of {', '.join(sorted(defaults)) or 'none'}"
             )
         self.env, self.seed, self.gates = env, int(seed), int(action.n)
         self.config: dict[str, Any] = {**defaults, **config}
@@ -115,20 +112,15 @@ class Agent(ABC):
 
     def _check_setting(self, name: str, value: Any, default: Any) -> None:
         """Refuse a setting whose type or range is not that of its default."""
-        kinds: dict[type, tuple[type, ...]] = {
-            float: (int, float),
-            int: (int,),
-            bool: (bool,),
-            list: (list, tuple),
-        }
-        fits = isinstance(value, kinds[type(default)]) and (
-            isinstance(default, bool) or not isinstance(value, bool)
-        )
-        if not fits:
+        kinds: dict[type, tuple[type, ...]] = {float: (int, float), list: (list, tuple)}
+        fits = isinstance(value, kinds.get(type(default), (type(default),)))
+        if not fits or (isinstance(value, bool) and not isinstance(default, bool)):
             raise ValueError(f"{self.name}: {name}={value!r}, expected a value like the default, {default!r}")
-        least = self.minimum.get(name, -float("inf"))
+        least = self.minimum.get(name)
         numbers = value if isinstance(value, list | tuple) else [value]
-        if not all(isinstance(number, int | float) and least <= number < float("inf") for number in numbers):
+        if least is not None and not all(
+            isinstance(number, int | float) and least <= number < float("inf") for number in numbers
+        ):
             raise ValueError(f"{self.name}: {name}={value!r}, expected at least {least}")
 
     @property
@@ -175,16 +167,12 @@ class Agent(ABC):
         dims = {name: shape[1:] for name, shape in shapes.items()}
         expected = {name: box.shape for name, box in self.env.observation_space.spaces.items()}
         if len(counts) != 1 or dims != expected:
-            raise ValueError(
-                f"observation: shapes {shapes}, expected (rows, ...) of {expected} with equal rows"
-            )
+            raise ValueError(f"observation: shapes {shapes}, expected (rows, ...) of {expected} with equal rows")
         return int(next(iter(counts)) or 0)
 
     def masks(self, scorer: Any) -> Bits:
         """Decisions for all inputs of a split, (n, G)."""
-        return self.predict(
-            scorer.observations, {"user": scorer.user.numpy(), "input": np.arange(len(scorer))}
-        )
+        return self.predict(scorer.observations, {"user": scorer.user.numpy(), "input": np.arange(len(scorer))})
 
     def probabilities(self, observation: Observation) -> NDArray[np.float64]:
         """Probability that each gate is on, (rows, G); the decisions themselves for deterministic agents."""
@@ -227,9 +215,7 @@ class Agent(ABC):
                 f"expected {self.name!r} for {self.gates}"
             )
         own = json.loads(json.dumps(self.config))
-        differ = sorted(
-            name for name in {*own, *record["config"]} if own.get(name) != record["config"].get(name)
-        )
+        differ = sorted(name for name in {*own, *record["config"]} if own.get(name) != record["config"].get(name))
         if differ:
             name = differ[0]
             raise ValueError(

@@ -60,9 +60,7 @@ class GumbelAgent(Agent):
     def _learn(self, steps: int, on_update: OnUpdate | None) -> None:
         scorer, size = self.scorer, self.config["batch_size"]
         last = self._steps + steps
-        prices = torch.as_tensor(
-            scorer.l0_penalty * scorer.active_parameters(np.eye(self.gates, dtype=np.uint8))
-        )
+        prices = torch.as_tensor(scorer.l0_penalty * scorer.active_parameters(np.eye(self.gates, dtype=np.uint8)))
         observed = {name: torch.from_numpy(value) for name, value in scorer.observations.items()}
         while self._steps < last:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self._steps)
@@ -82,9 +80,7 @@ class GumbelAgent(Agent):
             self.optimizer.step()
             self._steps += size
             if on_update is not None:
-                on_update(
-                    self._steps, {"train/loss": float(loss), "train/density": float(gates.detach().mean())}
-                )
+                on_update(self._steps, {"train/loss": float(loss), "train/density": float(gates.detach().mean())})
 
     def predict(self, observation: Observation, info: dict[str, Any] | None = None) -> Bits:
         """Gates whose probability is above one half."""
@@ -98,9 +94,7 @@ class GumbelAgent(Agent):
     def _logits(self, observation: Observation) -> Tensor:
         self.rows(observation)
         self.gate.eval()
-        logits: Tensor = self.gate(
-            torch.as_tensor(observation["user"]), torch.as_tensor(observation["context"])
-        )
+        logits: Tensor = self.gate(torch.as_tensor(observation["user"]), torch.as_tensor(observation["context"]))
         return logits
 
     def state(self) -> dict[str, Tensor]:

@@ -29,9 +29,7 @@ class TrainingView(VecEnvWrapper):
         baseline: Running mean of each input's rewards, grown as inputs are met.
     """
 
-    def __init__(
-        self, venv: VecEnv, *, input_baseline: bool, noise: float, seed: int, memory: float = 0.95
-    ) -> None:
+    def __init__(self, venv: VecEnv, *, input_baseline: bool, noise: float, seed: int, memory: float = 0.95) -> None:
         """Wrap environments whose infos name their ``input``.
 
         Args:
@@ -43,9 +41,13 @@ class TrainingView(VecEnvWrapper):
         """
         super().__init__(venv)
         self._relative, self._noise, self._memory = input_baseline, noise, memory
-        self._generator = np.random.default_rng(seed)
+        self.seed_noise(seed)
         self.baseline = np.zeros(0)
         self.visits = np.zeros(0)
+
+    def seed_noise(self, *seed: int) -> None:
+        """Start the noise afresh."""
+        self._generator = np.random.default_rng(seed)
 
     def reset(self) -> VecEnvObs:
         """Reset the environments."""
@@ -61,9 +63,7 @@ class TrainingView(VecEnvWrapper):
             rewards = self._relative_to_input(inputs, rewards)
         return self._blur(observation), rewards, dones, infos
 
-    def _relative_to_input(
-        self, inputs: NDArray[np.int64], rewards: NDArray[np.float32]
-    ) -> NDArray[np.float32]:
+    def _relative_to_input(self, inputs: NDArray[np.int64], rewards: NDArray[np.float32]) -> NDArray[np.float32]:
         if inputs.max() >= len(self.baseline):
             grown = int(inputs.max()) + 1 - len(self.baseline)
             self.baseline = np.concatenate([self.baseline, np.zeros(grown)])
@@ -94,9 +94,7 @@ class _Forward(KVWriter):
     def __init__(self, on_update: OnUpdate) -> None:
         self._on_update = on_update
 
-    def write(
-        self, key_values: dict[str, Any], key_excluded: dict[str, tuple[str, ...]], step: int = 0
-    ) -> None:
+    def write(self, key_values: dict[str, Any], key_excluded: dict[str, tuple[str, ...]], step: int = 0) -> None:
         numbers = {k: float(v) for k, v in key_values.items() if isinstance(v, int | float | np.number)}
         self._on_update(step, numbers)
 
@@ -185,9 +183,7 @@ class PPOAgent(Agent):
         self.model.set_logger(Logger(folder=None, output_formats=writers))
         self.model.learn(steps, log_interval=1)
         if not all(bool(torch.isfinite(p).all()) for p in self.model.policy.parameters()):
-            raise FloatingPointError(
-                f"ppo: weights are not finite after {self.steps} steps: lower learning_rate"
-            )
+            raise FloatingPointError(f"ppo: weights are not finite after {self.steps} steps: lower learning_rate")
 
     def predict(self, observation: Observation, info: dict[str, Any] | None = None) -> Bits:
         """Gates whose probability is above one half."""
@@ -225,3 +221,4 @@ class PPOAgent(Agent):
         )
         self._offset, self.model.num_timesteps = int(tensors["steps"]), 0
         self.model.set_random_seed(self.seed + 7919 * self._offset % 2**31)
+        self.view.seed_noise(self.seed, self._offset)

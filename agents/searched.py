@@ -86,9 +86,7 @@ class OracleAgent(Agent):
         return search.oracle(scorer)
 
 
-def _needed(
-    info: dict[str, Any] | None, key: str, name: str, rows: int, known: Container[int]
-) -> NDArray[np.int64]:
+def _needed(info: dict[str, Any] | None, key: str, name: str, rows: int, known: Container[int]) -> NDArray[np.int64]:
     """Users or inputs of the observations, int64 (rows,).
 
     Raises:
@@ -101,7 +99,5 @@ def _needed(
         raise ValueError(f"info[{key!r}]: {len(values)} values for {rows} observations")
     unknown = [value for value in values.tolist() if value not in known]
     if unknown:
-        raise ValueError(
-            f"info[{key!r}]: {unknown[0]} is not in the agent's environment; use masks() for other splits"
-        )
+        raise ValueError(f"info[{key!r}]: {unknown[0]} is not in the agent's environment; use masks() for other splits")
     return values

@@ -191,6 +191,9 @@ class _Preparation:
     def _refuse_others(self) -> None:
         """Refuse a folder that holds another preparation or something else; nothing is written yet."""
         key = self.work / "key.json"
+        there = next(path for path in (self.out, *self.out.absolute().parents) if path.exists())
+        if not there.is_dir():
+            raise ValueError(f"out={str(self.out)!r}: not empty, {there} is a file; give a new folder")
         if self.finished:
             manifest = Bundle.open(self.out, verify=False).manifest
             found = {
@@ -200,7 +203,7 @@ class _Preparation:
             }
         elif key.is_file():
             found = storage.read_json(key)
-        elif self.out.is_file() or any(not _unfinished_write(path) for path in self.out.rglob("*") if path.is_file()):
+        elif any(path.is_file() and not _unfinished_write(path) for path in self.out.rglob("*")):
             raise ValueError(f"out={str(self.out)!r}: not empty and not an unfinished preparation; give a new folder")
         else:
             return

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dsa_gym.bundle import Bundle
 from dsa_gym.domains import take, to_device
-from dsa_gym.masks import MaskSpace
+from dsa_gym.masks import GRANULARITIES, MaskSpace
 from dsa_gym.model import AdaptedModel
 
 DEFAULT_L0_PENALTY = 1.5e-6
@@ -190,6 +190,12 @@ class GatingProblem:
         Raises:
             ValueError: If this granularity is coarser than the one that the library was trained under.
         """
+        trained = self.bundle.space.granularity
+        if GRANULARITIES.index(self.space.granularity) < GRANULARITIES.index(trained):
+            raise ValueError(
+                f"granularity={self.space.granularity!r}: coarser than {trained!r}, under which the bundle's reference gate was "
+                "trained; its decisions cannot be expressed"
+            )
         gate = self.bundle.reference_gate()
         with torch.inference_mode():
             logits = gate(*(torch.from_numpy(self.observations[name]) for name in ("user", "context")))

@@ -14,6 +14,9 @@ from dsa_gym.problem import Bits, GatingProblem
 EXHAUSTIVE_GATES = 8
 """Up to this many gates every mask is scored."""
 
+SEARCHED_GATES = 1024
+"""Up to this many gates a greedy search ends in minutes."""
+
 
 def exhaustive(problem: GatingProblem) -> bool:
     """Whether every mask of the problem can be scored."""
@@ -73,7 +76,15 @@ def greedy(
 
     Returns:
         One mask per group, (groups, G).
+
+    Raises:
+        ValueError: If there are more than :data:`SEARCHED_GATES` gates.
     """
+    if problem.gates > SEARCHED_GATES:
+        raise ValueError(
+            f"granularity={problem.space.granularity!r}: no search over {problem.gates:,} gates (at most {SEARCHED_GATES:,}); "
+            "the ladder needs pathway, layer, site or component"
+        )
     generator = np.random.default_rng(seed)
     groups, gates = int(group.max()) + 1, problem.gates
     counts = np.bincount(group, minlength=groups)

@@ -1,7 +1,8 @@
 """Gymnasium environments over prepared bundles.
 
 ``import dsa_gym`` registers them; ``gym.make("DSA-Text-v0")`` and
-``gym.make_vec("DSA-Text-v0", num_envs=64)`` make them, and :func:`make_sb3_vec_env` makes a native stable-baselines3 ``VecEnv``.
+``gym.make_vec("DSA-Text-v0", num_envs=64)`` make them, and :func:`make_sb3_vec_env` makes a native
+stable-baselines3 ``VecEnv``.
 """
 
 from __future__ import annotations

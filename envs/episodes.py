@@ -38,9 +38,7 @@ class Episodes:
             length: Steps per episode.
         """
         self._order = np.argsort(owners, kind="stable")
-        self._users, self._start, self._count = np.unique(
-            owners[self._order], return_index=True, return_counts=True
-        )
+        self._users, self._start, self._count = np.unique(owners[self._order], return_index=True, return_counts=True)
         self._owners, self._length = owners, length
         self.user = np.zeros(num_envs, dtype=np.int64)
         self.input = np.zeros(num_envs, dtype=np.int64)

@@ -53,16 +53,12 @@ class _Gating:
         if render_mode not in (None, *GatingEnv.metadata["render_modes"]):
             raise ValueError(f"render_mode={render_mode!r}: expected None, 'ansi' or 'rgb_array'")
         if not (isinstance(l0_penalty, int | float | np.number) and 0 <= l0_penalty < float("inf")):
-            raise ValueError(
-                f"l0_penalty={l0_penalty!r}: expected a finite number >= 0, in nats per active parameter"
-            )
+            raise ValueError(f"l0_penalty={l0_penalty!r}: expected a finite number >= 0, in nats per active parameter")
         self.source = str(bundle) if bundle is not None else domain
         # checksums are compared at the first reset, when the data is read
         self._opened = Bundle.open(self.source, verify=False)
         if self._opened.domain != domain:
-            raise ValueError(
-                f"bundle={self.source!r}: is of domain {self._opened.domain!r}, expected {domain!r}"
-            )
+            raise ValueError(f"bundle={self.source!r}: is of domain {self._opened.domain!r}, expected {domain!r}")
         self.arguments = {
             "split": split,
             "granularity": granularity,
@@ -124,17 +120,11 @@ class _Gating:
             return np.full(self.num_envs, -1, dtype=np.int64)
         values = np.atleast_1d(np.asarray(value, dtype=object))
         if name == "user":
-            values = np.asarray(
-                [self._user_index(v) if isinstance(v, str) else v for v in values.flat], dtype=object
-            )
+            values = np.asarray([self._user_index(v) if isinstance(v, str) else v for v in values.flat], dtype=object)
         allowed = set(self.problem.user.tolist()) if name == "user" else range(len(self.problem))
         fits = values.shape in ((1,), (self.num_envs,))
         if not (fits and all(_is_integer(v) and int(v) in allowed for v in values)):
-            what = (
-                "a user of this split (index or name)"
-                if name == "user"
-                else f"an input in 0 to {len(allowed) - 1}"
-            )
+            what = "a user of this split (index or name)" if name == "user" else f"an input in 0 to {len(allowed) - 1}"
             raise ValueError(f"options[{name!r}]={value!r}: expected {what}, one or one per environment")
         return np.broadcast_to(values.astype(np.int64), (self.num_envs,))
 
@@ -205,9 +195,7 @@ class _Gating:
             site_labels=tuple(f"L{site.layer} {kinds.get(site.kind, site.kind)}" for site in shape.sites),
             layers=tuple(site.layer for site in shape.sites),
             loss=None if last is None else float(last["loss"][index]),
-            penalty=None
-            if last is None
-            else float(last["active_parameters"][index] * self.problem.l0_penalty),
+            penalty=None if last is None else float(last["active_parameters"][index] * self.problem.l0_penalty),
             active_parameters=None if last is None else int(last["active_parameters"][index]),
             total_parameters=shape.size,
             gates=_gates_text(gates, self.problem.space.granularity),
@@ -381,9 +369,7 @@ class GatingEnv(gym.Env[Observation, NDArray[np.int8]]):
         """The gating problem behind the environment: scores any masks of any inputs at once."""
         return self._core.problem
 
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[Observation, Info]:
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Observation, Info]:
         """Begin an episode; see the class for ``options``."""
         start = None if seed is None else _seeds([seed])
         super().reset(seed=seed)
@@ -479,9 +465,7 @@ class GatingVectorEnv(VectorEnv[Observation, NDArray[Any], NDArray[Any]]):
         self._core.last = None
         return self._core.observe(), _with_masks(self._core.identities(), chosen)
 
-    def step(
-        self, actions: Any
-    ) -> tuple[Observation, NDArray[np.float64], NDArray[np.bool_], NDArray[np.bool_], Info]:
+    def step(self, actions: Any) -> tuple[Observation, NDArray[np.float64], NDArray[np.bool_], NDArray[np.bool_], Info]:
         """Apply one mask per environment (num_envs, G)."""
         gates = self._core.gates_of(actions, (self.num_envs, *self.single_action_space.shape))
         scored = self._core.score(gates)
@@ -503,9 +487,7 @@ class GatingVectorEnv(VectorEnv[Observation, NDArray[Any], NDArray[Any]]):
             infos |= _with_masks(scored, ~ended)
         if ended.any():
             # those that ended stand before their next decision, the others report the one they made
-            now = {
-                name: np.where(ended, value, scored[name]) for name, value in self._core.identities().items()
-            }
+            now = {name: np.where(ended, value, scored[name]) for name, value in self._core.identities().items()}
             infos |= _with_masks(now, np.ones(self.num_envs, dtype=bool))
         return self._core.observe(), rewards, ended, np.zeros(self.num_envs, dtype=bool), infos
 
@@ -519,9 +501,7 @@ class GatingVectorEnv(VectorEnv[Observation, NDArray[Any], NDArray[Any]]):
             return np.ones(self.num_envs, dtype=bool)
         mask = np.asarray(mask)
         if mask.dtype != np.bool_ or mask.shape != (self.num_envs,) or not mask.any():
-            raise ValueError(
-                f"options['reset_mask']: expected a boolean ({self.num_envs},) with a True, got {mask!r}"
-            )
+            raise ValueError(f"options['reset_mask']: expected a boolean ({self.num_envs},) with a True, got {mask!r}")
         if not self._seeded and not mask.all():
             raise ValueError("options['reset_mask']: the first reset has to begin every environment")
         return mask

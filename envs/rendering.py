@@ -130,8 +130,7 @@ def _columns(text: str) -> int:
     if text.isascii():
         return len(text)
     return sum(
-        0 if unicodedata.combining(char) else 2 if unicodedata.east_asian_width(char) in "WF" else 1
-        for char in text
+        0 if unicodedata.combining(char) else 2 if unicodedata.east_asian_width(char) in "WF" else 1 for char in text
     )
 
 
@@ -284,8 +283,7 @@ def _ansi_mask(frame: Frame) -> list[str]:
 def _ansi_cells(shares: NDArray[np.float32], pitch: int) -> str:
     kinds = [_ON if share >= 1 else _PARTLY if share > 0 else _OFF for share in shares.tolist()]
     return "".join(
-        _style(colour, block.ljust(pitch) * len(list(run)))
-        for (block, colour), run in itertools.groupby(kinds)
+        _style(colour, block.ljust(pitch) * len(list(run))) for (block, colour), run in itertools.groupby(kinds)
     )
 
 
@@ -319,8 +317,7 @@ def rgb_array(frame: Frame, *, width: int = 960, height: int = 540) -> NDArray[n
     """
     if width < MIN_WIDTH or height < MIN_HEIGHT:
         raise ValueError(
-            f"width, height = {width}, {height}: too small to draw; "
-            f"expected at least {MIN_WIDTH}, {MIN_HEIGHT}"
+            f"width, height = {width}, {height}: too small to draw; expected at least {MIN_WIDTH}, {MIN_HEIGHT}"
         )
     image = Image.new("RGB", (width, height), _WHITE)
     pen = _Pen(ImageDraw.Draw(image), min(width / 960, height / 540))
@@ -426,11 +423,7 @@ def _draw_mask(pen: _Pen, frame: Frame, area: tuple[int, int, int, int]) -> None
     cell_height, cell_width = (math.floor(size) if size >= 3 else size for size in (cell_height, cell_width))
     space = 0 if min(cell_height, cell_width) < 4 else 1 if min(cell_height, cell_width) < 14 else 2
     xs = [left + gutter + round(column * cell_width) for column in range(pathways + 1)]
-    ys = [
-        top + round(site * cell_height) + group * between
-        for group, (_, of) in enumerate(groups)
-        for site in of
-    ]
+    ys = [top + round(site * cell_height) + group * between for group, (_, of) in enumerate(groups) for site in of]
 
     _draw_legend(pen, max(xs[-1] - space, left + pen.px(220)), heading, small)
     step = math.ceil((small.getlength(f"P{pathways - 1}") + pen.px(4)) / cell_width)

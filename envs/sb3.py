@@ -32,9 +32,7 @@ class GymnasiumVecEnv(VecEnv):
         seeds = list(self._seeds) if any(seed is not None for seed in self._seeds) else None
         options = self._merged_options()
         observation, infos = self.envs.reset(seed=seeds, options=options)
-        self.reset_infos = [
-            {name: infos[name][i].item() for name in _arrays(infos)} for i in range(self.num_envs)
-        ]
+        self.reset_infos = [{name: infos[name][i].item() for name in _arrays(infos)} for i in range(self.num_envs)]
         self._reset_seeds()
         self._reset_options()
         return observation
@@ -50,9 +48,7 @@ class GymnasiumVecEnv(VecEnv):
         step = infos
         if "final_info" in infos:  # of the episodes that ended; infos itself tells of the others
             final = infos["final_info"]
-            step = {
-                name: np.where(done, final[name], infos.get(name, final[name])) for name in _arrays(final)
-            }
+            step = {name: np.where(done, final[name], infos.get(name, final[name])) for name in _arrays(final)}
         names = _arrays(step)
         columns = [np.asarray(step[name]).tolist() for name in names]
         rows = [dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)]
@@ -78,9 +74,7 @@ class GymnasiumVecEnv(VecEnv):
         self._require_all(indices, "set_attr")
         setattr(self.envs, attr_name, value)
 
-    def env_method(
-        self, method_name: str, *method_args: Any, indices: Any = None, **method_kwargs: Any
-    ) -> list[Any]:
+    def env_method(self, method_name: str, *method_args: Any, indices: Any = None, **method_kwargs: Any) -> list[Any]:
         """Call a method of the batch, and return its result once per environment asked for."""
         result = getattr(self.envs, method_name)(*method_args, **method_kwargs)
         return [result for _ in self._get_indices(indices)]
@@ -107,9 +101,7 @@ class GymnasiumVecEnv(VecEnv):
         names = {name for options in self._options for name in options}
         for name in names:
             if not all(name in options for options in self._options):
-                raise ValueError(
-                    f"options: {name!r} is set for some environments only; set it for all or none"
-                )
+                raise ValueError(f"options: {name!r} is set for some environments only; set it for all or none")
         columns = {name: [options[name] for options in self._options] for name in names}
         return {name: np.asarray(column, dtype=object) for name, column in columns.items()} or None
 
@@ -122,7 +114,5 @@ def _arrays(infos: dict[str, Any]) -> list[str]:
     """Names of the per-environment arrays: neither their masks, ``_name``, nor what a wrapper nests."""
     nested = ("final_obs", "final_info")
     return [
-        name
-        for name, value in infos.items()
-        if isinstance(value, np.ndarray) and name[0] != "_" and name not in nested
+        name for name, value in infos.items() if isinstance(value, np.ndarray) and name[0] != "_" and name not in nested
     ]

@@ -237,7 +237,7 @@ def _train(parsed: argparse.Namespace) -> None:
     config = TrainConfig(
         env=parsed.env,
         agent=parsed.agent,
-        bundle=parsed.bundle,
+        bundle=str(Path(parsed.bundle).resolve()) if parsed.bundle else None,
         steps=parsed.steps,
         seed=parsed.seed,
         num_envs=parsed.num_envs,

@@ -122,9 +122,7 @@ class PlantedEnv(gym.Env[Any, Any]):
         self.problem = problem
         self.observation_space, self.action_space = _spaces(problem.gates)
 
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[Any, dict[str, Any]]:
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         super().reset(seed=seed)
         self.input = int(self.np_random.integers(len(self.problem)))
         return self._observation(), self._info()

@@ -129,9 +129,7 @@ def test_other_settings_than_saved(
         make(name, env, **asked).load(tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("typo", "meant"), [("pppo", "ppo"), ("gumbl", "gumbel"), ("user-static", "user_static")]
-)
+@pytest.mark.parametrize(("typo", "meant"), [("pppo", "ppo"), ("gumbl", "gumbel"), ("user-static", "user_static")])
 def test_unknown_name_suggests_the_closest(typo: str, meant: str) -> None:
     with pytest.raises(ValueError, match=rf"agent=.{typo}.*did you mean .{meant}."):
         agent_class(typo)

@@ -47,9 +47,7 @@ def test_global_generator_is_left_alone(planted: Any, planted_env: Any) -> None:
 
 def test_resumed_run_is_the_uninterrupted_one(planted: Any, planted_env: Any, tmp_path: Path) -> None:
     settings: dict[str, Any] = {"temperature": 0.7, "final_temperature": 0.7, "batch_size": 32}
-    whole, half, rest = (
-        make_agent("gumbel", planted_env(planted(0, users=5)), 0, **settings) for _ in range(3)
-    )
+    whole, half, rest = (make_agent("gumbel", planted_env(planted(0, users=5)), 0, **settings) for _ in range(3))
     whole.learn(256)
     half.learn(128)
     half.save(tmp_path)

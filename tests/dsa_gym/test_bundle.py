@@ -59,7 +59,8 @@ def test_opens(bundle_folder: Path) -> None:
 
 def test_every_file_is_in_the_manifest(bundle_folder: Path) -> None:
     manifest = Bundle.open(bundle_folder).manifest
-    there = {path.relative_to(bundle_folder).as_posix() for path in bundle_folder.rglob("*") if path.is_file()}
+    files = [path for path in bundle_folder.rglob("*") if path.is_file()]
+    there = {path.relative_to(bundle_folder).as_posix() for path in files}
     assert there - {"manifest.json"} == set(manifest["files"])
     for pattern in KINDS:
         assert a_file(bundle_folder, pattern).is_file()

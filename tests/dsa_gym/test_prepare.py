@@ -146,7 +146,8 @@ def test_a_finished_bundle_is_not_made_again(
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 @pytest.mark.parametrize("finished", [True, False])
@@ -357,7 +358,7 @@ def test_too_few_users(data: Path, config_file: Path, backbone_folder: Path, tmp
     raw = [(entry.user, entry.texts) for entry in read_texts([data])]
     config = read_config(config_file, PrepareConfig)
     out = tmp_path / "out"
-    with pytest.raises(DataError, match="3 users are too few.* of 5 users 2 have fewer than min_examples=10"):
+    with pytest.raises(DataError, match=r"3 users are too few.* of 5 users 2 have fewer than min_examples=10"):
         prepare("text", [*raw[:3], *raw[-2:]], out, config, backbone=str(backbone_folder))
     greedy = replace(config, splits=replace(config.splits, test=0.6))
     with pytest.raises(DataError, match="4 users are too few: one is left to train on"):

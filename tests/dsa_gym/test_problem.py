@@ -46,7 +46,7 @@ def some(problem: GatingProblem, rows: int, seed: int = 0) -> tuple[np.ndarray, 
 
 
 def one_by_one(problem: GatingProblem, inputs: np.ndarray, gates: np.ndarray) -> np.ndarray:
-    """The slow reference: one row at a time, with phi masked parameter by parameter and no mask in the model."""
+    """The slow reference: one row at a time, phi masked parameter by parameter, no mask in the model."""
     bundle, losses = problem.bundle, []
     element = MaskSpace(bundle.shape, "element")
     for row, bits in zip(problem.rows[inputs].tolist(), torch.from_numpy(gates).float(), strict=True):

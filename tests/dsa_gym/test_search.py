@@ -40,7 +40,8 @@ def test_exhaustive_equals_brute_force(problem: GatingProblem) -> None:
     assert tuple(search.best_static(problem)) == best(list(range(12)))
     of_user = {user: np.flatnonzero(problem.user.numpy() == user).tolist() for user in (0, 2)}
     found = search.best_per_user(problem)
-    assert {user: tuple(mask) for user, mask in found.items()} == {u: best(rows) for u, rows in of_user.items()}
+    expected = {user: best(rows) for user, rows in of_user.items()}
+    assert {user: tuple(mask) for user, mask in found.items()} == expected
     assert [tuple(mask) for mask in search.oracle(problem)] == [best([row]) for row in range(12)]
 
 
@@ -53,7 +54,7 @@ def test_mask_table_is_the_reward(problem: GatingProblem) -> None:
 
 
 class SeparableProblem:
-    """Many gates, each with its own effect on every input: reward ``gates @ effect``. The best mask is known."""
+    """Many gates, each with its own effect on every input: the best mask is known."""
 
     def __init__(self, inputs: int, gates: int, *, interaction: float = 0.0) -> None:
         generator = np.random.default_rng(1)
@@ -102,3 +103,9 @@ def test_greedy_is_seeded() -> None:
     arguments = (problem, np.arange(6), np.zeros(6, dtype=np.int64))
     first, again = (search.greedy(*arguments, candidates=4, seed=3) for _ in range(2))
     assert np.array_equal(first, again)
+
+
+def test_too_many_gates_to_search() -> None:
+    problem: Any = SeparableProblem(2, 1025)
+    with pytest.raises(ValueError, match=r"granularity='test': no search over 1,025 gates"):
+        search.oracle(problem)

@@ -157,17 +157,11 @@ def test_partly_seeded_batch_differs_where_it_is_not(env_id: str, bundle_folder:
 @pytest.mark.parametrize("vector", [False, True])
 def test_pickling(env_id: str, vector: bool, pickler: Any, bundle_folder: Path) -> None:
     kwargs: dict[str, Any] = {"episode_length": 3, "render_mode": "ansi"}
-    env = (
-        make_vec(env_id, bundle_folder, **kwargs)
-        if vector
-        else make(env_id, bundle_folder, **kwargs).unwrapped
-    )
+    env = make_vec(env_id, bundle_folder, **kwargs) if vector else make(env_id, bundle_folder, **kwargs).unwrapped
     expected = rollout(pickler.loads(pickler.dumps(env)), 1)  # before reset
     assert same(rollout(env, 1, 4), expected[:6] if not vector else expected[:5])
     env.render()
-    env.problem.compute_losses(
-        np.zeros(1, np.int64), np.ones((1, env.problem.gates), np.uint8)
-    )  # loads the model
+    env.problem.compute_losses(np.zeros(1, np.int64), np.ones((1, env.problem.gates), np.uint8))  # loads the model
     data = pickler.dumps(env)
     assert len(data) < 50_000
     other = pickler.loads(data)

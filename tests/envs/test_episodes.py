@@ -65,9 +65,7 @@ def test_neighbouring_draws_are_independent() -> None:
     seed=st.integers(0, 2**63),
     steps=st.integers(0, 12),
 )
-def test_environment_i_is_the_scalar_seeded_with_seed_plus_i(
-    num_envs: int, length: int, seed: int, steps: int
-) -> None:
+def test_environment_i_is_the_scalar_seeded_with_seed_plus_i(num_envs: int, length: int, seed: int, steps: int) -> None:
     batch = begun(num_envs, length, seed)
     alone = [begun(1, length, seed + i) for i in range(num_envs)]
     for _ in range(steps):

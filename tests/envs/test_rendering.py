@@ -19,9 +19,7 @@ PROMPT = "I went down to the harbour this morning, and the fishermen told me"
 CONTINUATION = "the storm would pass before noon."
 LONG = "The quick brown fox jumps over the lazy dog. " * 5000
 # Control characters, right-to-left, wide, combining, unassigned, a lone surrogate: whatever users write.
-STRANGE = (
-    "été 用户\t\n\r\x1b[31m\x00 שלום مرحبا \N{RIGHT-TO-LEFT OVERRIDE}e\u0301\u0378 \N{PILE OF POO} \ud800"
-)
+STRANGE = "été 用户\t\n\r\x1b[31m\x00 שלום مرحبا \N{RIGHT-TO-LEFT OVERRIDE}e\u0301\u0378 \N{PILE OF POO} \ud800"
 
 
 def make_frame(layers: int = 4, per_layer: int = 2, pathways: int = 8, **changes: Any) -> Frame:
@@ -77,10 +75,7 @@ def plain(text: str) -> str:
 
 
 def columns(line: str) -> int:
-    return sum(
-        0 if unicodedata.combining(char) else 1 + (unicodedata.east_asian_width(char) in "WF")
-        for char in line
-    )
+    return sum(0 if unicodedata.combining(char) else 1 + (unicodedata.east_asian_width(char) in "WF") for char in line)
 
 
 @every_frame

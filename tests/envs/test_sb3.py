@@ -68,15 +68,11 @@ def test_infos_of_a_partly_ended_synchronous_batch(bundle_folder: Path, rng: np.
     _, rewards, dones, infos = env.step(actions(env, rng))
     assert dones.tolist() == [True, False, True]
     for reward, info in zip(rewards, infos, strict=True):
-        assert info["loss"] > 0 and reward == pytest.approx(
-            -info["loss"] - 1.5e-6 * info["active_parameters"]
-        )
+        assert info["loss"] > 0 and reward == pytest.approx(-info["loss"] - 1.5e-6 * info["active_parameters"])
 
 
 def test_vec_wrappers(bundle_folder: Path, rng: np.random.Generator) -> None:
-    env = VecNormalize(
-        VecMonitor(VecCheckNan(make(bundle_folder, num_envs=8))), norm_obs_keys=["user", "context"]
-    )
+    env = VecNormalize(VecMonitor(VecCheckNan(make(bundle_folder, num_envs=8))), norm_obs_keys=["user", "context"])
     env.reset()
     for _ in range(5):
         observation, rewards, dones, infos = env.step(actions(env, rng))
@@ -86,16 +82,12 @@ def test_vec_wrappers(bundle_folder: Path, rng: np.random.Generator) -> None:
         assert all(info["terminal_observation"]["user"].shape == (16,) for info in infos)
 
 
-def test_ppo_learns_on_it_with_one_call_per_step(
-    bundle_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ppo_learns_on_it_with_one_call_per_step(bundle_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     env = make(bundle_folder, num_envs=8, episode_length=2)
     calls, step = [], env.envs.step
     monkeypatch.setattr(env.envs, "step", lambda action: calls.append(len(action)) or step(action))
     policy = {"net_arch": [8], "activation_fn": nn.Tanh}
-    PPO("MultiInputPolicy", env, n_steps=4, batch_size=32, seed=0, policy_kwargs=policy, device="cpu").learn(
-        64
-    )
+    PPO("MultiInputPolicy", env, n_steps=4, batch_size=32, seed=0, policy_kwargs=policy, device="cpu").learn(64)
     assert calls == [8] * 8
 
 
