@@ -73,14 +73,14 @@ class GumbelAgent(Agent):
             loss = scorer.relaxed_losses(inputs, gates).mean()
             objective = loss + (gates * prices.float()).sum(1).mean()
             if not torch.isfinite(objective):
-                raise FloatingPointError(f"gumbel: loss is {float(objective)} after {self._steps} steps")
+                raise FloatingPointError(f"gumbel: loss is {objective.item()} after {self._steps} steps")
             self.optimizer.zero_grad()
             objective.backward()
             torch.nn.utils.clip_grad_norm_(self.gate.parameters(), 1.0)
             self.optimizer.step()
             self._steps += size
             if on_update is not None:
-                on_update(self._steps, {"train/loss": float(loss), "train/density": float(gates.detach().mean())})
+                on_update(self._steps, {"train/loss": loss.item(), "train/density": gates.mean().item()})
 
     def predict(self, observation: Observation, info: dict[str, Any] | None = None) -> Bits:
         """Gates whose probability is above one half."""

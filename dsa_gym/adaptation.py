@@ -1,7 +1,7 @@
 """Adaptation of users: their sparse change delta_u, fitted on support under ``||delta_u||_0 <= k``.
 
-All users of a batch are fitted at once: the change is a (users, P) matrix, every row sees its own user's examples only, and
-Adam is elementwise, so the batch equals one user at a time.
+All users of a batch are fitted at once: the change is a (users, P) matrix, every row sees its own user's examples
+only, and Adam is elementwise, so the batch equals one user at a time.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ class AdaptationConfig:
     """How delta_u is found.
 
     Attributes:
-        method: ``dense``: no constraint. ``topk``: dense, keep the k largest changes, re-train them. ``iht``: iterative hard
-            thresholding (Blumensath and Davies, 2009), projecting after every step. ``magnitude``, ``fisher``, ``snip``,
+        method: ``dense``: no constraint. ``topk``: dense, keep the k largest changes, re-train them. ``iht``:
+            iterative hard thresholding (Blumensath and Davies, 2009), projecting after every step. ``magnitude``,
+            ``fisher``, ``snip``,
             ``random``: the support of delta is chosen first, by ``|phi_meta|``, by the mean squared gradient (diagonal
             Fisher; Sung et al., 2021), by ``|phi_meta * gradient|`` (Lee et al., 2019) or at random (one draw for all
             users), then trained.

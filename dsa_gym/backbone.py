@@ -1,7 +1,7 @@
 """The frozen model theta: any Hugging Face transformer, with the places in it where adapters sit.
 
-Sites are modules whose output is a sublayer's output just before the residual addition. They are found by the names that
-the common architectures use inside a block; an architecture that is not known can be described by two names.
+Sites are modules whose output is a sublayer's output just before the residual addition. They are found by the names
+that the common architectures use inside a block; an architecture that is not known can be described by two names.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ class Backbone:
         absent = sorted(str(name) for name in loading["missing_keys"] if "pooler." not in str(name))
         if absent:
             raise ValueError(
-                f"backbone={str(source)!r}: {len(absent)} tensors of {type(model).__name__} are missing in the weights, "
+                f"backbone={str(source)!r}: {len(absent)} tensors of {type(model).__name__} are missing, "
                 f"first {absent[0]!r}; expected a complete checkpoint"
             )
         broken = [name for name, p in model.named_parameters() if not torch.isfinite(p).all()]

@@ -74,7 +74,11 @@ class Bundle:
         if not (path / "manifest.json").is_file():
             raise BundleError(
                 f"bundle={str(folder)!r}: no manifest.json there; expected a folder written by 'dsa-gym prepare'"
-                + (" (its preparation has not finished: run the same command again)" if (path / "work").is_dir() else "")
+                + (
+                    " (its preparation has not finished: run the same command again)"
+                    if (path / "work").is_dir()
+                    else ""
+                )
             )
         try:
             manifest = storage.read_json(path / "manifest.json")

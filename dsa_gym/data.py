@@ -298,8 +298,7 @@ def _format(path: Path) -> tuple[str, str]:
         suffixes.pop()
     if not suffixes or suffixes[-1] not in _FORMATS:
         raise DataError(
-            f"{path} has an unknown suffix: use {', '.join(_FORMATS)}, alone or followed by "
-            f"{', '.join(_COMPRESSIONS)}"
+            f"{path} has an unknown suffix: use {', '.join(_FORMATS)}, alone or followed by {', '.join(_COMPRESSIONS)}"
         )
     return suffixes[-1], compression
 
@@ -337,9 +336,7 @@ def _json_rows(path: Path, columns: _Columns) -> Iterator[_Row]:
             order = columns.resolve(path, record)
             needed = (columns.user, columns.text, *([order] if order else ()))
         columns.require(where, record, needed)
-        yield _Row(
-            number, record[columns.user], record[columns.text], record[order] if order else None, order
-        )
+        yield _Row(number, record[columns.user], record[columns.text], record[order] if order else None, order)
 
 
 def _parse_object(line: str, where: str) -> dict[str, Any]:
@@ -449,8 +446,7 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
                 yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
                 raise DataError(
-                    f"{where}, byte {error.start + 1}: not UTF-8 (0x{line[error.start]:02x}); "
-                    "save the file as UTF-8"
+                    f"{where}, byte {error.start + 1}: not UTF-8 (0x{line[error.start]:02x}); save the file as UTF-8"
                 ) from error
 
 

@@ -144,4 +144,3 @@ class GatingNetwork(nn.Module):
 def _hard_topk(scores: Tensor, active: int) -> Tensor:
     """One at the ``active`` largest scores of the last axis, zero elsewhere."""
     return torch.zeros_like(scores).scatter_(-1, scores.topk(active, dim=-1).indices, 1.0)
-

@@ -3,8 +3,8 @@
     nothing on -> everything on -> random masks of the same density -> best static mask -> best mask per user
     -> the bundle's reference gate -> the agent -> the oracle
 
-The normalised score of a gate is ``(gate - static) / (reference - static)``. Intervals are bootstrapped over users, paired on
-inputs, and over seeds where there are several.
+The normalised score of a gate is ``(gate - static) / (reference - static)``. Intervals are bootstrapped over users,
+paired on inputs, and over seeds where there are several.
 """
 
 from __future__ import annotations
@@ -73,8 +73,8 @@ def build_ladder(problem: GatingProblem, train: GatingProblem, *, density: float
 def crossfitted_oracle(problem: GatingProblem) -> Rewards | None:
     """Oracle whose mask is chosen on half of an input's scored elements and scored on the other half, (n,).
 
-    The plain oracle's gain is mostly label noise; this one is free of it, at the price of choosing on half the labels. None
-    where the bundle has not measured the halves of this split at this granularity.
+    The plain oracle's gain is mostly label noise; this one is free of it, at the price of choosing on half the
+    labels. None where the bundle has not measured the halves of this split at this granularity.
     """
     if problem.table is None or problem.even_table is None:
         return None
@@ -135,8 +135,8 @@ def summarise(ladder: Ladder, *, agent: Rewards | None = None, samples: int = 20
         seed: Seeds the resampling.
 
     Returns:
-        ``ladder`` (rung to interval), ``headroom`` (reference over static), ``users``, ``inputs``, ``oracle_kind`` and, with an
-        agent, ``normalized_score`` and ``gain_over_static``.
+        ``ladder`` (rung to interval), ``headroom`` (reference over static), ``users``, ``inputs``, ``oracle_kind``
+        and, with an agent, ``normalized_score`` and ``gain_over_static``.
     """
     values = dict(ladder.rewards)
     if agent is not None:
@@ -146,8 +146,8 @@ def summarise(ladder: Ladder, *, agent: Rewards | None = None, samples: int = 20
     result: dict[str, Any] = {
         "ladder": {name: interval(means[name], drawn[name]) for name in values},
         "headroom": interval(means["reference"] - means["static"], drawn["reference"] - drawn["static"]),
-        "users": int(len(np.unique(ladder.users))),
-        "inputs": int(len(ladder.users)),
+        "users": len(np.unique(ladder.users)),
+        "inputs": len(ladder.users),
         "oracle_kind": ladder.oracle_kind,
     }
     if agent is not None:
@@ -192,7 +192,7 @@ def shuffled(problem: GatingProblem, masks: Bits, *, over: str, repeats: int = 8
 
 
 def _other_users(users: NDArray[np.int64], generator: np.random.Generator) -> NDArray[np.int64]:
-    """For each input a random input of the user that takes its user's place in a cyclic shift of a permutation, (n,)."""
+    """For each input a random input of the next user in a random cyclic order, (n,)."""
     names = generator.permutation(np.unique(users))
     order = np.empty(len(users), dtype=np.int64)
     for name, other in zip(names, np.roll(names, 1), strict=True):

@@ -1,6 +1,7 @@
 """Meta-training of the pathway library *under* its gate.
 
-    min over phi, psi, mean over users u of L_query(phi_u' * g(x, u; psi)),   phi_u' = phi - alpha grad L_support(phi * g)
+    min over phi, psi of the mean over users u of L_query(phi_u' * g(x, u; psi)),
+    phi_u' = phi - alpha grad L_support(phi * g)
 
 The library and the relaxed gate are trained together. A library trained with everything on leaves a gate nothing to
 decide (docs/design.md).
@@ -138,8 +139,10 @@ class LibraryTraining:
         self.history: list[dict[str, float]] = []
         self.best: tuple[float, dict[str, Tensor]] | None = None
 
-    def run(self, checkpoint: Path | None = None, on_step: Callable[[int, dict[str, float]], None] | None = None) -> None:
-        """Train to the end, continuing from ``checkpoint`` if it exists, and load the best state into library and gate."""
+    def run(
+        self, checkpoint: Path | None = None, on_step: Callable[[int, dict[str, float]], None] | None = None
+    ) -> None:
+        """Train to the end, from ``checkpoint`` on if it exists, and load the best state into library and gate."""
         if checkpoint is not None and checkpoint.exists():
             self._restore(checkpoint)
         bar = tqdm(total=self.config.steps, initial=self.step, desc="meta-train", unit="step")

@@ -270,13 +270,9 @@ class MetaLearner(nn.Module):
         if losses.requires_grad:
             # A task's loss depends on its own copy only, so the gradient of the sum is each task's gradient.
             weights = [fast[name] for name in self.adapted]
-            gradients = torch.autograd.grad(
-                losses.sum(), weights, create_graph=second_order, allow_unused=True
-            )
+            gradients = torch.autograd.grad(losses.sum(), weights, create_graph=second_order, allow_unused=True)
         if all(gradient is None for gradient in gradients):
-            raise ValueError(
-                f"loss_fn must depend on a parameter of {self.adapted}, got a support loss of none"
-            )
+            raise ValueError(f"loss_fn must depend on a parameter of {self.adapted}, got a support loss of none")
         return {name: g for name, g in zip(self.adapted, gradients, strict=True) if g is not None}
 
     @torch.no_grad()
@@ -296,9 +292,7 @@ def _losses(loss_fn: LossFn, params: Params, batch: Batch, tasks: int, what: str
         got = type(losses).__name__
         if isinstance(losses, Tensor):
             got = f"{tuple(losses.shape)} of {losses.dtype}"
-        raise ValueError(
-            f"loss_fn must return a floating point loss per task, ({tasks},), got {got} for the {what}"
-        )
+        raise ValueError(f"loss_fn must return a floating point loss per task, ({tasks},), got {got} for the {what}")
     finite = losses.detach().isfinite()
     if not finite.all():
         bad = (~finite).nonzero().flatten().tolist()
@@ -317,9 +311,7 @@ def _check_params(params: Mapping[str, Tensor]) -> None:
     reserved = set(dir(nn.ParameterDict()))
     for name, value in params.items():
         if not isinstance(name, str) or not name or "/" in name or name in reserved:
-            raise ValueError(
-                f"params must have names without '/' that nn.ParameterDict can hold, got {name!r}"
-            )
+            raise ValueError(f"params must have names without '/' that nn.ParameterDict can hold, got {name!r}")
         if not isinstance(value, Tensor) or not value.is_floating_point():
             got = value.dtype if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(f"params[{name!r}] must be a floating point tensor, got {got}")

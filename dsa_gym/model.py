@@ -1,4 +1,4 @@
-"""The adapted model ``y = M(x; theta, phi_u * g(x, u; psi))``: losses of many users' examples under many masks at once."""
+"""The adapted model ``y = M(x; theta, phi_u * g(x, u; psi))``: losses of many users under many masks at once."""
 
 from __future__ import annotations
 
@@ -73,8 +73,8 @@ class AdaptedModel:
         size = self.shape.size
         if phi.ndim != 2 or phi.shape[1] != size or not users or rows % users:
             raise ValueError(
-                f"phi: {tuple(phi.shape)} for {rows} examples of {users} users, expected (users, {size}) with a number of "
-                f"users that divides {rows}"
+                f"phi: {tuple(phi.shape)} for {rows} examples of {users} users, expected (users, {size}) "
+                f"with a number of users that divides {rows}"
             )
         component = (rows, len(self.shape.sites), self.shape.rank)
         if mask is not None and tuple(mask.shape) not in (component, (rows, size)):
@@ -126,6 +126,8 @@ def all_gates(space: MaskSpace) -> Tensor:
         ValueError: If there are more than 2^16.
     """
     if space.gates > 16:
-        raise ValueError(f"granularity={space.granularity!r}: 2^{space.gates} masks cannot be enumerated (at most 2^16)")
+        raise ValueError(
+            f"granularity={space.granularity!r}: 2^{space.gates} masks cannot be enumerated (at most 2^16)"
+        )
     codes = torch.arange(2**space.gates)
     return (codes[:, None] >> torch.arange(space.gates) & 1).to(torch.uint8)

@@ -1,7 +1,7 @@
 """What a gate sees: compact, whitened views of the user and of the input.
 
-Raw hidden states invite memorising the training users; a few whitened principal components, fitted on training users only,
-generalise (docs/design.md).
+Raw hidden states invite memorising the training users; a few whitened principal components, fitted on training users
+only, generalise (docs/design.md).
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ class Projection:
 
     Attributes:
         mean: (F,).
-        directions: (F, D), each column divided by the standard deviation along it. Columns beyond the rank of what it was
-            fitted on are zero.
+        directions: (F, D), each column divided by the standard deviation along it. Columns beyond the rank of what it
+            was fitted on are zero.
     """
 
     mean: Tensor

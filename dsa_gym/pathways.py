@@ -135,8 +135,8 @@ class ActiveAdapters:
     Attributes:
         shape: Geometry.
         phi: Flat parameters (users, P); the rows of the batch are grouped by user, equally many each.
-        users: Row of ``phi`` of each user of the batch, int64; None if ``phi`` holds just them. Rows are taken site by site,
-            so that they are still in the processor's cache when they are multiplied.
+        users: Row of ``phi`` of each user of the batch, int64; None if ``phi`` holds just them. Rows are taken site
+            by site, so that they are still in the processor's cache when they are multiplied.
         gates: Component mask (rows, sites, rank) or None for all on. Masking a component's activation is masking its
             column of ``W_up`` and its row of ``W_down``.
         training: Whether dropout is on.
@@ -149,7 +149,7 @@ class ActiveAdapters:
     training: bool = False
 
     def __call__(self, hidden: Tensor, site: int) -> Tensor:
-        """Return ``h + Dropout(relu(h W_up) W_down)`` for a sublayer's output (rows, tokens, d) or (rows * tokens, d)."""
+        """Return ``h + Dropout(relu(h W_up) W_down)`` of an output (rows, tokens, d) or (rows * tokens, d)."""
         # parameters and gates may be wider than a backbone in half precision
         up, down = (matrix.to(hidden.dtype) for matrix in self.shape.matrices(self.phi, site, self.users))
         users, rank, width = up.shape[0], self.shape.rank, hidden.shape[-1]
@@ -164,4 +164,3 @@ class ActiveAdapters:
         if self.training and self.shape.dropout:
             return hidden + nn.functional.dropout(units @ down, self.shape.dropout).view_as(hidden)
         return add(grouped, units, down).view_as(hidden)
-

@@ -80,8 +80,7 @@ class PersonaConfig:
         if self.max_texts < self.min_texts:
             raise ValueError(f"max_texts={self.max_texts!r} must be at least min_texts={self.min_texts!r}")
         wanted = (
-            f"registers={self.registers!r} must be two integers (fewest, most), "
-            f"1 <= fewest <= most <= {len(REGISTERS)}"
+            f"registers={self.registers!r} must be two integers (fewest, most), 1 <= fewest <= most <= {len(REGISTERS)}"
         )
         if not isinstance(self.registers, tuple | list) or len(self.registers) != 2:
             raise ValueError(wanted)
@@ -207,9 +206,7 @@ class _Persona:
             number: the persona's number in the population, from 0.
         """
         self.config = config
-        self.rng = np.random.default_rng(
-            np.random.SeedSequence(entropy=int(config.seed), spawn_key=(number,))
-        )
+        self.rng = np.random.default_rng(np.random.SeedSequence(entropy=int(config.seed), spawn_key=(number,)))
         self.uniform = self._uniforms().__next__
         self.name = _NAMES[int(self.rng.integers(len(_NAMES)))]
         self.user = f"persona-{number:04d}-{self.name}"
@@ -229,9 +226,7 @@ class _Persona:
             }
             for register, style in _STYLES.items()
         }
-        self.cheer = 0.6 + (1 - config.user_similarity) * float(
-            self.rng.uniform(-0.3, 0.3)
-        )  # how often all is well
+        self.cheer = 0.6 + (1 - config.user_similarity) * float(self.rng.uniform(-0.3, 0.3))  # how often all is well
         self.register = self._weigh(self.registers, 6.0 * len(self.registers))
         taste = self._weights(len(TOPICS), 0.2 * len(TOPICS))
         tilt = self.rng.gamma(
@@ -299,9 +294,7 @@ class _Persona:
         scene = _Scene(self, self.lexica[topic], "+" if self.uniform() < self.cheer else "-")
         surface = style()
         sign = self._sign(style(), scene)
-        sentences = [
-            scene.sentence(style(borrow**2), "first")
-        ]  # squared: the first words should tell the register
+        sentences = [scene.sentence(style(borrow**2), "first")]  # squared: the first words should tell the register
         size = self._pick(surface["size"])
         length = len(sentences[0]) + len(sign)
         while len(sentences) < size or length < MIN_CHARACTERS:
@@ -452,9 +445,7 @@ def _respell(pairs: str) -> Callable[[str], str]:
     if not table:
         return str
     table = {old.lower(): new for old, new in table.items()}
-    find = re.compile(
-        r"\b(" + "|".join(sorted(map(re.escape, table), key=len, reverse=True)) + r")\b", re.IGNORECASE
-    )
+    find = re.compile(r"\b(" + "|".join(sorted(map(re.escape, table), key=len, reverse=True)) + r")\b", re.IGNORECASE)
 
     def swap(match: re.Match[str]) -> str:
         new = table[match[0].lower()]
@@ -498,8 +489,7 @@ _SHARED: dict[str, tuple[Any, ...]] = {
             "believe=beleive; separate=seperate",
             "do not=don't; I am=I'm; it is=it's; I have=I've; I would=I'd; we should=we ought to; "
             "cannot=can't; did not=didn't",
-            "maybe=perhaps; really=truly; nice=lovely; a bit=rather; okay=all right; great=splendid; "
-            "kids=children",
+            "maybe=perhaps; really=truly; nice=lovely; a bit=rather; okay=all right; great=splendid; kids=children",
         )
     ),
 }
@@ -526,8 +516,7 @@ _TOPIC_TEXT: dict[str, dict[str, str]] = {
         "community kitchen",
         "ask": "how long do you let the dough rest; which flour do you use; can I freeze the sauce; do you "
         "peel the tomatoes first; how much salt goes into the stock",
-        "gear": "flour; fresh yeast; a dozen eggs; red lentils; two lemons; a jar of tahini; brown sugar; "
-        "garlic",
+        "gear": "flour; fresh yeast; a dozen eggs; red lentils; two lemons; a jar of tahini; brown sugar; garlic",
         "product": "cast-iron pan; bread knife; spice mix; stand mixer; soup cookbook; rolling pin",
     },
     "football": {
@@ -544,8 +533,7 @@ _TOPIC_TEXT: dict[str, dict[str, str]] = {
         "three goals; the pitch was under water; nobody marked their tall midfielder",
         "adj+": "sharp; fearless; brilliant; solid; exciting; well organised",
         "adj-": "sloppy; slow; nervous; hopeless; chaotic; dull",
-        "at": "at the stadium; on the muddy pitch; in the sports bar; behind the goal; on the training "
-        "ground",
+        "at": "at the stadium; on the muddy pitch; in the sports bar; behind the goal; on the training ground",
         "ask": "who plays in goal; what time is kick-off; are there tickets left; should we press higher; "
         "who brings the balls",
         "gear": "shin pads; a new scarf; a ball pump; studs; two tickets; the blue bibs; tape; orange slices",
@@ -607,12 +595,10 @@ _TOPIC_TEXT: dict[str, dict[str, str]] = {
         "the metronome drove me mad; we started in the wrong key",
         "adj+": "gentle; mellow; warm; graceful; steady; moving",
         "adj-": "flat; rushed; stiff; shrill; uneven; muffled",
-        "at": "in the rehearsal room; at the music school; at the old piano; in the church hall; at the open "
-        "stage",
+        "at": "in the rehearsal room; at the music school; at the old piano; in the church hall; at the open stage",
         "ask": "how fast do you play the waltz; which fingering works there; who sings the low part; how "
         "often do you change strings; can we start a tone lower",
-        "gear": "new strings; the sheet music; a music stand; rosin; a pencil for the score; earplugs; a "
-        "capo; reeds",
+        "gear": "new strings; the sheet music; a music stand; rosin; a pencil for the score; earplugs; a capo; reeds",
         "product": "digital piano; music stand; violin bow; guitar strap; metronome; song book",
     },
     "chess": {
@@ -651,8 +637,7 @@ _TOPIC_TEXT: dict[str, dict[str, str]] = {
         "files; the migration locked the table; the cache served stale pages",
         "adj+": "fast; stable; readable; tidy; simple; robust",
         "adj-": "flaky; slow; messy; broken; complicated; buggy",
-        "at": "at the office; in the server room; at the hackathon; at the coffee machine; in the meeting "
-        "room",
+        "at": "at the office; in the server room; at the hackathon; at the coffee machine; in the meeting room",
         "ask": "who owns the parser; can you review my branch; why does the test hang; which version is in "
         "production; do we need the old endpoint",
         "gear": "a bigger disk; the access token; a staging server; the crash log; a code review; a spare "
@@ -721,8 +706,7 @@ _TOPIC_TEXT: dict[str, dict[str, str]] = {
         "see the owl; how high should the nest box hang",
         "gear": "sunflower hearts; the field guide; a lens cloth; rubber boots; a notebook; a thermos; fat "
         "balls; a nest box",
-        "product": "field guide; pair of binoculars; window feeder; nest box camera; spotting scope; rain "
-        "poncho",
+        "product": "field guide; pair of binoculars; window feeder; nest box camera; spotting scope; rain poncho",
     },
     "finance": {
         "name": "the budget; savings; the tax form; the household accounts",
@@ -759,12 +743,10 @@ _TOPIC_TEXT: dict[str, dict[str, str]] = {
         "before midnight; the lunch box leaked; she came home with a fever",
         "adj+": "sweet; peaceful; hilarious; magical; easy; cheerful",
         "adj-": "exhausting; late; chaotic; loud; sticky; tiring",
-        "at": "at the playground; at the school gate; in the nursery; at the paediatrician; on the living "
-        "room floor",
+        "at": "at the playground; at the school gate; in the nursery; at the paediatrician; on the living room floor",
         "ask": "who picks up the twins; did she take her gym bag; how do you get yours to sleep; is there "
         "school on the holiday; what did you put in the party bags",
-        "gear": "nappies; a birthday cake; glue sticks; gym shoes; plasters; crayons; a night light; wet "
-        "wipes",
+        "gear": "nappies; a birthday cake; glue sticks; gym shoes; plasters; crayons; a night light; wet wipes",
         "product": "pushchair; picture book; baby carrier; toy kitchen; night light; lunch box",
     },
     "trains": {
@@ -828,8 +810,7 @@ _TOPIC_TEXT: dict[str, dict[str, str]] = {
         "your hips; what do you eat before a long run",
         "gear": "running socks; a foam roller; a water bottle; blister plasters; a resistance band; goggles; "
         "a towel; oat bars",
-        "product": "foam roller; yoga mat; pair of running shoes; skipping rope; heart rate belt; rowing "
-        "machine",
+        "product": "foam roller; yoga mat; pair of running shoes; skipping rope; heart rate belt; rowing machine",
     },
     "boardgames": {
         "name": "game night; the board game; the dice game; the campaign",
@@ -848,8 +829,7 @@ _TOPIC_TEXT: dict[str, dict[str, str]] = {
         "at": "at game night; around the kitchen table; at the games cafe; in the library; in the attic",
         "ask": "how many can play; who explains the rules; do we use the expansion; can you trade after "
         "rolling; what do you play with two",
-        "gear": "snacks; card sleeves; a dice tray; the expansion; score sheets; spare tokens; crisps; a "
-        "bigger table",
+        "gear": "snacks; card sleeves; a dice tray; the expansion; score sheets; spare tokens; crisps; a bigger table",
         "product": "co-op game; card game; dice tray; strategy game; party game; expansion box",
     },
 }
@@ -955,8 +935,7 @@ _STYLE_TEXT: dict[str, dict[str, str]] = {
             {day}: {do}
             {n} {urgent}
             then {do}""",
-        "todo": "TODO:; -; [ ]; Reminder:; Don't forget:; Memo:; *; Note to self:; !!; {day}:; Must:; List:; "
-        ">",
+        "todo": "TODO:; -; [ ]; Reminder:; Don't forget:; Memo:; *; Note to self:; !!; {day}:; Must:; List:; >",
         "urgent": "(urgent); !!!; - can wait; asap; ???; (maybe); - done?; (ask first)",
         "close": ";;;- done by {day}; (!); etc.; OK; {when}",
         "size": "3; 3; 4; 5",
@@ -981,21 +960,17 @@ _STYLE_TEXT: dict[str, dict[str, str]] = {
             in short: {verdict}
             on the very first try, {out}
             customers should know that {out}""",
-        "stars+": "5/5.; 4/5.; Five stars.; Four stars:; ★★★★★; ★★★★☆; Recommended!; Great buy.; 10/10.; "
-        "Pros only:",
-        "stars-": "1/5.; 2/5.; One star.; Two stars:; ★☆☆☆☆; ★★☆☆☆; Disappointed.; Avoid.; 3/10.; Not for "
-        "me:",
+        "stars+": "5/5.; 4/5.; Five stars.; Four stars:; ★★★★★; ★★★★☆; Recommended!; Great buy.; 10/10.; Pros only:",
+        "stars-": "1/5.; 2/5.; One star.; Two stars:; ★☆☆☆☆; ★★☆☆☆; Disappointed.; Avoid.; 3/10.; Not for me:",
         "verdict+": "useful; sturdy; practical; well made; solid; handy; lovely; reliable",
         "verdict-": "flimsy; overpriced; useless; badly made; disappointing; shoddy; clumsy; unreliable",
         "arrived+": "on time; well packed; a day early; with clear instructions",
         "arrived-": "late; scratched; without instructions; in a torn box",
         "advice+": "would buy again; ideal as a gift; highly recommended; get it before it sells out; no "
         "complaints at all",
-        "advice-": "would not buy again; sent it back; save your money; still waiting for a refund; look "
-        "elsewhere",
+        "advice-": "would not buy again; sent it back; save your money; still waiting for a refund; look elsewhere",
         "int": "really; genuinely; surprisingly; incredibly; truly; absolutely; simply; frankly",
-        "close": ";;;; Verified purchase.; Will update.; Hope this helps.; Value: {few}/5.; Would recommend "
-        "to {who}.",
+        "close": ";;;; Verified purchase.; Will update.; Hope this helps.; Value: {few}/5.; Would recommend to {who}.",
         "few": "1; 2; 3; 4; 5",
         "size": "2; 3; 3; 4",
         "stop": ".; .; !",
@@ -1103,9 +1078,7 @@ def _style(register: str, lists: dict[str, str]) -> dict[str, tuple[Any, ...]]:
         elif slot == "size":
             style[slot] = tuple(int(size) for size in _list(text))
         else:
-            style[slot] = tuple(
-                _template(item) if "{" in item or slot == "close" else item for item in _list(text)
-            )
+            style[slot] = tuple(_template(item) if "{" in item or slot == "close" else item for item in _list(text))
     style["short"] = tuple(_respell(pairs) for pairs in _SHORT.get(register, ("",)))
     return style
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from dsa_gym.data import DataError, split_users
-from dsa_gym.domains import Domain, Examples, take
+from dsa_gym.domains import Domain, Examples
 
 PARTS = ("support", "query", "unseen")
 SPLITS = ("train", "seen", "validation", "test")
@@ -61,7 +61,7 @@ class SplitConfig:
         for name in ("validation", "test"):
             if not 0 < getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: expected a share between 0 and 1")
-        if not (0 < self.support and 0 < self.unseen and self.support + self.unseen < 1):
+        if not (self.support > 0 and self.unseen > 0 and self.support + self.unseen < 1):
             raise ValueError(
                 f"support={self.support}, unseen={self.unseen}: expected positive shares that leave some for training"
             )
@@ -152,27 +152,29 @@ def encode_population(
             kept.append((user, encoded, len(usable)))
     if len(kept) < MIN_USERS:
         raise DataError(
-            f"{len(kept)} users are too few, expected at least {MIN_USERS}: of {len(raw)} users {len(dropped)} have fewer "
-            f"than min_examples={config.min_examples} usable examples"
+            f"{len(kept)} users are too few, expected at least {MIN_USERS}: of {len(raw)} users {len(dropped)} have "
+            f"fewer than min_examples={config.min_examples} usable examples"
         )
-    groups = split_users([user for user, _, _ in kept], validation=config.validation, test=config.test, seed=config.seed)
+    groups = split_users(
+        [user for user, _, _ in kept], validation=config.validation, test=config.test, seed=config.seed
+    )
     if len(groups["train"]) < 2:
-        raise DataError(f"{len(kept)} users are too few: one is left to train on, expected two; lower validation or test")
+        raise DataError(
+            f"{len(kept)} users are too few: one is left to train on, expected two; lower validation or test"
+        )
     group_of = {user: group for group, members in groups.items() for user in members}
     names = [user for user, _, _ in kept]
     population = Population(
         users=names,
         groups=[group_of[user] for user in names],
-        examples={
-            name: torch.cat([encoded[name] for _, encoded, _ in kept]) for name in kept[0][1]
-        },
+        examples={name: torch.cat([encoded[name] for _, encoded, _ in kept]) for name in kept[0][1]},
         user=torch.repeat_interleave(torch.arange(len(kept)), torch.tensor([count for _, _, count in kept])),
         part=torch.cat([_parts(count, group_of[user] == "train", config) for user, _, count in kept]),
     )
     report = {
         "users": len(kept),
         "users_dropped": len(dropped),
-        "examples": int(len(population.user)),
+        "examples": len(population.user),
         "examples_read": examples_read,
         "examples_unusable": unusable,
         "min_examples": config.min_examples,
@@ -189,4 +191,3 @@ def _parts(count: int, train: bool, config: SplitConfig) -> Tensor:
     part[:support] = PARTS.index("support")
     part[count - unseen :] = PARTS.index("unseen")
     return part
-

@@ -1,7 +1,7 @@
 """Preparation of a bundle: encode, embed, meta-train, adapt, measure.
 
-Every stage leaves its product in ``OUT/work`` and is skipped when it is there, so a killed run continues; the manifest is
-written last and makes the folder a bundle.
+Every stage leaves its product in ``OUT/work`` and is skipped when it is there, so a killed run continues; the
+manifest is written last and makes the folder a bundle.
 """
 
 from __future__ import annotations
@@ -155,9 +155,7 @@ def prepare(
 class _Preparation:
     """One run of :func:`prepare`: the stages, their products and their timings."""
 
-    def __init__(
-        self, domain_name: str, out: Path, config: PrepareConfig, backbone: str, data: dict[str, str]
-    ) -> None:
+    def __init__(self, domain_name: str, out: Path, config: PrepareConfig, backbone: str, data: dict[str, str]) -> None:
         self.out, self.work, self.config = Path(out), Path(out) / "work", config
         self.source = backbone
         self.key = {
@@ -208,7 +206,9 @@ class _Preparation:
         else:
             return
         if found != self.key:
-            raise ValueError(f"out={str(self.out)!r}: holds a preparation with other data or settings; give a new folder")
+            raise ValueError(
+                f"out={str(self.out)!r}: holds a preparation with other data or settings; give a new folder"
+            )
 
     def run(self, raw: Sequence[tuple[str, Sequence[Any]]]) -> Bundle:
         population, report = self._stage("encode", lambda: self._encode(raw))
@@ -312,7 +312,7 @@ class _Preparation:
     def _fit(
         self, population: Population, users: list[int], gates: Tensor, phi: Tensor, config: AdaptationConfig
     ) -> Tensor:
-        """delta (users, P) of some users, in batches of ``adapt_users``."""
+        """Delta (users, P) of some users, in batches of ``adapt_users``."""
         pieces = []
         for start in range(0, len(users), self.config.adapt_users):
             batch = users[start : start + self.config.adapt_users]
@@ -407,7 +407,9 @@ class _Preparation:
         for split, index in rows.items():
             final = self.out / "losses" / f"{split}.npy"
             if not final.is_file():
-                pieces = [self._measure_user(bundle, split, user, index, masks, bar) for user in _users_of(bundle, index)]
+                pieces = [
+                    self._measure_user(bundle, split, user, index, masks, bar) for user in _users_of(bundle, index)
+                ]
                 both = np.concatenate(pieces)
                 if split not in ("train", "support"):
                     even = both[..., 0].astype(np.float16)
@@ -437,9 +439,9 @@ class _Preparation:
     ) -> dict[str, Any]:
         """What a user's sparse change is worth on unseen test users, under the reference gate: losses in nats.
 
-        ``shared``: nothing stored but the embedding. ``sparse``: the record as stored. ``dense``: no budget, after as many
-        steps as ``sparse`` took in all. ``wrong_user``: another user's record. ``random_initialisation``: dense adaptation from
-        a random library after the same steps.
+        ``shared``: nothing stored but the embedding. ``sparse``: the record as stored. ``dense``: no budget, after as
+        many steps as ``sparse`` took in all. ``wrong_user``: another user's record. ``random_initialisation``: dense
+        adaptation from a random library after the same steps.
         """
         users = population.members("test")
         phi = training.library.phi.detach()
@@ -459,7 +461,9 @@ class _Preparation:
         }
         rows = [population.rows(user, "unseen")[:100] for user in users]
         losses = {
-            name: torch.stack([self._query_loss(population, r, p[None], gates) for r, p in zip(rows, table, strict=True)])
+            name: torch.stack(
+                [self._query_loss(population, r, p[None], gates) for r, p in zip(rows, table, strict=True)]
+            )
             for name, table in changes.items()
         }
         bare = torch.stack([self._query_loss(population, r, None, gates) for r in rows])

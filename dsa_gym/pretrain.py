@@ -276,9 +276,7 @@ def pretrain_text(
             group["lr"] = _rate(step, config)
         loss = next_token_loss(model, windows(train, starts, config.window))
         if not torch.isfinite(loss):
-            raise FloatingPointError(
-                f"pre-training loss is {float(loss.detach())} at step {step}: lower learning_rate"
-            )
+            raise FloatingPointError(f"pre-training loss is {float(loss.detach())} at step {step}: lower learning_rate")
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -193,8 +193,8 @@ class GatingProblem:
         trained = self.bundle.space.granularity
         if GRANULARITIES.index(self.space.granularity) < GRANULARITIES.index(trained):
             raise ValueError(
-                f"granularity={self.space.granularity!r}: coarser than {trained!r}, under which the bundle's reference gate was "
-                "trained; its decisions cannot be expressed"
+                f"granularity={self.space.granularity!r}: coarser than {trained!r}, under which the bundle's reference "
+                "gate was trained; its decisions cannot be expressed"
             )
         gate = self.bundle.reference_gate()
         with torch.inference_mode():

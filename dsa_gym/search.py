@@ -71,8 +71,8 @@ def greedy(
 ) -> Bits:
     """Coordinate ascent on the mean reward of each group of inputs, all groups at once.
 
-    Every step draws ``candidates`` gates, scores the flip of each for all inputs, and each group makes its best flip if that
-    is an improvement; it ends when no group improves over two rounds of all gates.
+    Every step draws ``candidates`` gates, scores the flip of each for all inputs, and each group makes its best flip
+    if that is an improvement; it ends when no group improves over two rounds of all gates.
 
     Returns:
         One mask per group, (groups, G).
@@ -82,8 +82,8 @@ def greedy(
     """
     if problem.gates > SEARCHED_GATES:
         raise ValueError(
-            f"granularity={problem.space.granularity!r}: no search over {problem.gates:,} gates (at most {SEARCHED_GATES:,}); "
-            "the ladder needs pathway, layer, site or component"
+            f"granularity={problem.space.granularity!r}: no search over {problem.gates:,} gates "
+            f"(at most {SEARCHED_GATES:,}); the ladder needs pathway, layer, site or component"
         )
     generator = np.random.default_rng(seed)
     groups, gates = int(group.max()) + 1, problem.gates

@@ -1,7 +1,8 @@
 """Ways of typing: whole texts turned into one odd spelling each.
 
-A backbone that was trained on plain text has to be adapted to each of them, and no one adaptation serves them all: they give a
-population of personas what real populations have, inputs that pull shared parameters in different directions.
+A backbone that was trained on plain text has to be adapted to each of them, and no one adaptation serves them all:
+they give a population of personas what real populations have, inputs that pull shared parameters in different
+directions.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def _archaic(text: str) -> str:
 
 
 def _swapped(text: str) -> str:
-    return _WORD.sub(lambda word: word[0][0] + word[0][2] + word[0][1] + word[0][3:] if len(word[0]) > 3 else word[0], text)
+    return re.sub(r"(?<![A-Za-z])([A-Za-z])([A-Za-z])([A-Za-z])(?=[A-Za-z])", r"\1\3\2", text)
 
 
 SPELLINGS: dict[str, Callable[[str], str]] = {

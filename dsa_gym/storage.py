@@ -72,9 +72,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         if not temporary.is_file():
-            raise FileNotFoundError(
-                f"nothing was written for {path}: create a file at the path that is given"
-            )
+            raise FileNotFoundError(f"nothing was written for {path}: create a file at the path that is given")
         _sync(temporary)
         os.replace(temporary, path)
         _sync_folder(path.parent)
@@ -114,16 +112,12 @@ def read_json(path: Path) -> Any:
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 (byte {error.start})") from error
     except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{path} is not JSON: line {error.lineno}, column {error.colno}: {error.msg}"
-        ) from error
+        raise ValueError(f"{path} is not JSON: line {error.lineno}, column {error.colno}: {error.msg}") from error
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror}") from error
 
 
-def write_tensors(
-    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
-) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write tensors as safetensors, atomically. They may be on any device, strided, or share storage.
 
     Args:
@@ -143,9 +137,7 @@ def write_tensors(
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name!r} for {path} must be a tensor, got {type(tensor).__name__}")
         if tensor.layout != torch.strided:
-            raise ValueError(
-                f"cannot write {path} as safetensors: {name!r} is {tensor.layout}, make it dense"
-            )
+            raise ValueError(f"cannot write {path} as safetensors: {name!r} is {tensor.layout}, make it dense")
         tensor = tensor.detach().cpu().contiguous()
         storage = tensor.untyped_storage().data_ptr()
         # safetensors refuses two names for one storage (tied weights); on disk they are two tensors.
@@ -194,9 +186,7 @@ def write_array(path: Path, array: np.ndarray) -> None:
         ValueError: the array holds Python objects, which only pickle could store.
     """
     if array.dtype.hasobject:
-        raise ValueError(
-            f"cannot write {path}: dtype {array.dtype} needs pickle, use numbers or fixed-width strings"
-        )
+        raise ValueError(f"cannot write {path}: dtype {array.dtype} needs pickle, use numbers or fixed-width strings")
     with atomic_path(path) as temporary, temporary.open("wb") as file:
         np.save(file, array, allow_pickle=False)
 

@@ -208,15 +208,9 @@ class UserStore:
         """
         path, record, tensors = self._load(user)
         try:
-            indices = _decode_indices(
-                _bytes(tensors["indices"]), record["indices"], record["count"], self.size
-            )
-            values = _decode_values(
-                _bytes(tensors["values"]), record["values"], tensors["scales"], self.block
-            )
-            return UserAdapter(
-                self.size, torch.from_numpy(indices), values, tensors["embedding"].to(torch.float32)
-            )
+            indices = _decode_indices(_bytes(tensors["indices"]), record["indices"], record["count"], self.size)
+            values = _decode_values(_bytes(tensors["values"]), record["values"], tensors["scales"], self.block)
+            return UserAdapter(self.size, torch.from_numpy(indices), values, tensors["embedding"].to(torch.float32))
         except (ValueError, KeyError, zlib.error) as error:
             raise ValueError(f"{path} is damaged: {error}") from error
 
@@ -320,8 +314,7 @@ class UserStore:
             raise ValueError(f"user {user!r}: the adapter has size {adapter.size}, the store has {self.size}")
         if len(adapter.embedding) != self.embedding_dim:
             raise ValueError(
-                f"user {user!r}: the embedding has {len(adapter.embedding)} numbers, "
-                f"the store has {self.embedding_dim}"
+                f"user {user!r}: the embedding has {len(adapter.embedding)} numbers, the store has {self.embedding_dim}"
             )
         for name, tensor in (("values", adapter.values), ("embedding", adapter.embedding)):
             bad = tensor[~tensor.isfinite()]
@@ -337,13 +330,9 @@ class UserStore:
             raise self._unknown(user) from None
         record = _parse(path, data)
         if record["user"] != user:
-            raise ValueError(
-                f"{path} should be the record of user {user!r} but is that of {record['user']!r}"
-            )
+            raise ValueError(f"{path} should be the record of user {user!r} but is that of {record['user']!r}")
         if record["size"] != self.size:
-            raise ValueError(
-                f"{path} belongs to another store: its size is {record['size']}, here {self.size}"
-            )
+            raise ValueError(f"{path} belongs to another store: its size is {record['size']}, here {self.size}")
         tensors = load_safetensors(data)
         if len(tensors["embedding"]) != self.embedding_dim:
             raise ValueError(
@@ -432,9 +421,7 @@ def _checksum(data: bytes) -> str:
 
 def _deflated(data: bytes, coding: str) -> tuple[bytes, str]:
     """The data as they are or deflated, whichever is smaller, and the name of that coding."""
-    packed = min(
-        (_deflate(data, strategy) for strategy in (zlib.Z_DEFAULT_STRATEGY, zlib.Z_HUFFMAN_ONLY)), key=len
-    )
+    packed = min((_deflate(data, strategy) for strategy in (zlib.Z_DEFAULT_STRATEGY, zlib.Z_HUFFMAN_ONLY)), key=len)
     return (packed, f"{coding}+deflate") if len(packed) < len(data) else (data, coding)
 
 

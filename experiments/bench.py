@@ -29,9 +29,9 @@ def bench(env_id: str, bundle: str | None, num_envs: int, repetitions: int, seed
         seed: Seeds users, inputs and masks.
 
     Returns:
-        Milliseconds (median and quartiles) of: ``backbone``, the bare frozen model's forward and loss on the same inputs;
-        ``adapted``, the same with every user's adapters and masks; ``step``, the whole environment step (on inputs that it
-        draws itself). ``adapter_overhead`` is the share that ``adapted`` adds, repetition by repetition.
+        Milliseconds (median and quartiles) of: ``backbone``, the bare frozen model's forward and loss on the same
+        inputs; ``adapted``, the same with every user's adapters and masks; ``step``, the whole environment step (on
+        inputs that it draws itself). ``adapter_overhead`` is the share that ``adapted`` adds, repetition by repetition.
 
     Raises:
         ValueError: If an argument is wrong.
@@ -60,7 +60,7 @@ def bench(env_id: str, bundle: str | None, num_envs: int, repetitions: int, seed
     return {
         "env": env_id,
         "num_envs": num_envs,
-        "users": int(len(np.unique(chosen))),
+        "users": len(np.unique(chosen)),
         "repetitions": repetitions,
         "milliseconds": {name: _quartiles(np.asarray(values)) for name, values in timed.items()},
         "adapter_overhead": _quartiles(overhead),

@@ -64,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
 
     demo = add("demo", _demo, "train PPO on the bundled environment and show where report and logs are")
     demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for runs and report")
-    demo.add_argument("--steps", type=int, default=400_000, help="environment steps")
+    demo.add_argument("--steps", type=int, default=1_000_000, help="environment steps")
     demo.add_argument("--seed", type=int, default=0)
 
     personas = add("personas", _personas, "generate persona text")
@@ -202,7 +202,8 @@ def _print_manifest(manifest: dict[str, Any], name: str) -> None:
         ("domain", f"{manifest['domain']['name']} {manifest['domain']['settings']}"),
         ("backbone", manifest["backbone"]["source"]),
         ("users", ", ".join(f"{groups.count(group)} {group}" for group in ("train", "validation", "test"))),
-        ("dropped", f"{manifest['encoding']['users_dropped']} users, {manifest['encoding']['examples_unusable']} examples"),
+        ("dropped", f"{manifest['encoding']['users_dropped']} users, "
+                    f"{manifest['encoding']['examples_unusable']} examples"),
         ("adapter", f"{len(manifest['adapter']['sites'])} sites, {size:,} parameters, "
                     f"{manifest['adapter']['pathways']} pathways, trained under {manifest['granularity']!r} gates"),
         ("stored per user", f"{stored['bytes_per_user']:,.0f} bytes, {stored['numbers_per_user']:,} numbers "
@@ -212,7 +213,8 @@ def _print_manifest(manifest: dict[str, Any], name: str) -> None:
         ladder = manifest["headroom"][split]["ladder"]
         rows.append((f"reward, {split}", "  ".join(f"{rung} {ladder[rung]['mean']:.3f}" for rung in ladder)))
         headroom = manifest["headroom"][split]["headroom"]
-        rows.append((f"headroom, {split}", f"{headroom['mean']:.3f} nats [{headroom['low']:.3f}, {headroom['high']:.3f}]"))
+        bounds = f"[{headroom['low']:.3f}, {headroom['high']:.3f}]"
+        rows.append((f"headroom, {split}", f"{headroom['mean']:.3f} nats {bounds}"))
     losses = ("no_adapter", "shared", "dense", "sparse", "wrong_user", "random_initialisation")
     rows.append(("unseen users' loss", "  ".join(f"{key} {personal[key]:.3f}" for key in losses)))
     timings = manifest["timings_seconds"]

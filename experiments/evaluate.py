@@ -14,8 +14,8 @@ from rich.table import Table
 
 from dsa_gym import storage
 from dsa_gym.experiments.train import TrainConfig, load_run
-from dsa_gym.ladder import build_ladder, interval, shuffled, summarise
 from dsa_gym.ladder import bootstrap as resample
+from dsa_gym.ladder import build_ladder, interval, shuffled, summarise
 
 RUNGS = {
     "none": "nothing on",
@@ -143,15 +143,20 @@ def plot(result: dict[str, Any], path: Path) -> None:
         rows = [name for name in RUNGS if name in part["ladder"] and name != "all"]
         for place, name in enumerate(rows):
             value = part["ladder"][name]
-            axis.plot([value["low"], value["high"]], [place, place], color=colours.get(name, "#9ca3af"), lw=3, alpha=0.6)
+            axis.plot(
+                [value["low"], value["high"]], [place, place], color=colours.get(name, "#9ca3af"), lw=3, alpha=0.6
+            )
             axis.plot(value["mean"], place, "o", color=colours.get(name, "#6b7280"), ms=7)
-            axis.annotate(f"{value['mean']:.3f}", (value["mean"], place), (0, 7), textcoords="offset points", ha="center",
+            axis.annotate(f"{value['mean']:.3f}", (value["mean"], place), (0, 7), textcoords="offset points",
+            ha="center",
                           fontsize=8)  # fmt: skip
         axis.axvline(part["ladder"]["static"]["mean"], color="#111827", lw=0.8, ls=":")
         axis.set_yticks(range(len(rows)), [RUNGS[name] for name in rows])
         score = part["normalized_score"]
         kind = "seen users, new inputs" if part["split"] == "seen" else f"unseen users ({part['split']})"
-        axis.set_title(f"{kind}\nnormalised score {score['mean']:.2f} [{score['low']:.2f}, {score['high']:.2f}]", fontsize=10)
+        axis.set_title(
+            f"{kind}\nnormalised score {score['mean']:.2f} [{score['low']:.2f}, {score['high']:.2f}]", fontsize=10
+        )
         axis.set_xlabel("reward (nats); all-on left out: " + f"{part['ladder']['all']['mean']:.2f}")
         axis.grid(axis="x", alpha=0.3)
         for side in ("top", "right"):

@@ -16,8 +16,10 @@ from dsa_gym.problem import GatingProblem
 class PolicyLog:
     """TensorBoard events of one run.
 
-    Gate by gate, on fixed inputs of unseen (validation) users: how often it is on, its entropy, and the KL divergence from the
-    policy at the previous evaluation. The image ``gates/users`` shows how often each gate (column) is on for each user (row).
+    Gate by gate, on fixed inputs of unseen (validation) users: how often it is on, its entropy, and the KL divergence
+    from the policy at the previous evaluation. The image ``gates/users`` shows how often each gate (column) is on for
+    each
+    user (row).
     """
 
     def __init__(self, folder: Path, problem: GatingProblem, *, start: int = 0) -> None:
@@ -63,7 +65,10 @@ class PolicyLog:
 
     def hparams(self, settings: dict[str, Any], scores: dict[str, float]) -> None:
         """Write the hyperparameters with the final scores, and close."""
-        plain = {name: value if isinstance(value, int | float | str | bool) else str(value) for name, value in settings.items()}
+        plain = {
+            name: value if isinstance(value, int | float | str | bool) else str(value)
+            for name, value in settings.items()
+        }
         self._writer.add_hparams(plain, {f"final/{name}": value for name, value in scores.items()}, run_name=".")
         self._writer.close()
 

@@ -1,7 +1,7 @@
 """Training of one agent on one environment: progress, TensorBoard, checkpoints, the run's manifest.
 
-A run is a folder: ``run.json`` (what was asked for, with which versions, on which bundle), the agent's files, TensorBoard events
-and, when it is finished, ``scores`` in ``run.json``. A killed run is continued by the same command.
+A run is a folder: ``run.json`` (what was asked for, with which versions, on which bundle), the agent's files,
+TensorBoard events and, when it is finished, ``scores`` in ``run.json``. A killed run is continued by the same command.
 """
 
 from __future__ import annotations
@@ -112,7 +112,10 @@ class Monitor:
         static = best_static(config.problem("train"))
         self.problems = {"seen": config.problem("seen"), "unseen": config.problem("validation")}
         self._ends = {
-            name: (self._mean(problem, np.tile(static, (len(problem), 1))), self._mean(problem, problem.reference_gates()))
+            name: (
+                self._mean(problem, np.tile(static, (len(problem), 1))),
+                self._mean(problem, problem.reference_gates()),
+            )
             for name, problem in self.problems.items()
         }
 

@@ -73,7 +73,7 @@ class TextDomain:
             raise ValueError(f"max_tokens={self.max_tokens}: the backbone's window has {window} positions")
 
     def encode(self, raw: Sequence[str]) -> tuple[Examples, Tensor]:
-        """Encode texts as ``tokens`` (rows, max_tokens) int32 and ``length`` (rows,) int32; too short ones are left out."""
+        """Encode texts as int32 ``tokens`` (rows, max_tokens) and ``length`` (rows,); too short ones are left out."""
         begin = self.tokenizer.bos_token_id
         if begin is None:
             begin = self.tokenizer.eos_token_id
@@ -102,14 +102,12 @@ class TextDomain:
         return weighted.sum(1)
 
     def features(self, model: nn.Module, examples: Examples, *, context: bool) -> Tensor:
-        """Hidden states of the frozen model, middle and last layer: mean over the text, or mean and end of the prefix."""
+        """Hidden states of the model's middle and last layer: means over the text, or means and end of the prefix."""
         tokens = examples["tokens"].long()
         length = examples["length"][:, None]
         if context:
             tokens, length = tokens[:, : self.prefix_tokens], length.clamp(max=self.prefix_tokens)
-        states = model(
-            input_ids=tokens, use_cache=False, output_hidden_states=True, logits_to_keep=1
-        ).hidden_states
+        states = model(input_ids=tokens, use_cache=False, output_hidden_states=True, logits_to_keep=1).hidden_states
         inside = (torch.arange(tokens.shape[1], device=tokens.device) < length)[..., None]
         inside = inside & (torch.arange(tokens.shape[1], device=tokens.device) > 0)[:, None]
         chosen = [states[len(states) // 2].float(), states[-1].float()]

@@ -145,7 +145,7 @@ def test_bootstrap_is_seeded() -> None:
 
 def test_intervals_cover_the_truth() -> None:
     generator = np.random.default_rng(0)
-    users, covered, trials = np.repeat(np.arange(40), 3), 0, 300
+    users, covered, trials = np.repeat(np.arange(40), 3), 0, 200
     for trial in range(trials):
         values = generator.normal(1.0, 1.0, 40)[users] + generator.normal(0, 1.0, 120)
         found = interval(values.mean(), bootstrap({"a": values}, users, samples=300, seed=trial)["a"])
@@ -237,7 +237,7 @@ def test_crossfitted_oracle_is_at_most_the_oracle(table_problem: Make, rng: np.r
     problem = table_problem(rng.random((200, 16, 2)), np.arange(200) // 10, l0_penalty=1e-3)
     problem._reference = np.zeros((200, 4), dtype=np.uint8)  # type: ignore[attr-defined]
     ladder = build_ladder(problem, problem, density=0.5)
-    assert (ladder.rewards["oracle_crossfit"] <= ladder.rewards["oracle"] + 1e-12).all()
+    assert (ladder.rewards["oracle_crossfit"] <= ladder.rewards["oracle"] + 1e-6).all()
     assert "oracle_crossfit" not in ladder.masks
 
 
