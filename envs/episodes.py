@@ -78,7 +78,8 @@ class Episodes:
 
     def _draw_input(self, where: NDArray[np.intp]) -> NDArray[np.int64]:
         place = np.searchsorted(self._users, self.user[where])
-        return self._order[self._start[place] + self._draw(where, self._count[place])]
+        drawn: NDArray[np.int64] = self._order[self._start[place] + self._draw(where, self._count[place])]
+        return drawn
 
     def _draw(self, where: NDArray[np.intp], bound: int | NDArray[np.int64]) -> NDArray[np.int64]:
         """One uniform integer below ``bound`` for each environment in ``where``."""

@@ -15,7 +15,7 @@ from rich.table import Table
 from dsa_gym import storage
 from dsa_gym.experiments.train import TrainConfig, load_run
 from dsa_gym.ladder import bootstrap as resample
-from dsa_gym.ladder import build_ladder, interval, shuffled, summarise
+from dsa_gym.ladder import build_ladder, interval, normalised_score, shuffled, summarise
 
 RUNGS = {
     "none": "nothing on",
@@ -95,9 +95,8 @@ def _judge(config: TrainConfig, agents: Sequence[Any], split: str) -> dict[str, 
     result["split"] = split
     result["active_parameters"] = float(active)
     result["density"] = float(active) / problem.bundle.shape.size
-    scores = [(r.mean() - ladder.rewards["static"].mean()) for r in rewards]
-    headroom = max(result["headroom"]["mean"], 1e-6)
-    result["normalized_score_per_seed"] = [float(score / headroom) for score in scores]
+    static, reference = (ladder.rewards[name].mean() for name in ("static", "reference"))
+    result["normalized_score_per_seed"] = [float(normalised_score(r.mean(), static, reference)) for r in rewards]
     return result
 
 

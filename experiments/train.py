@@ -126,7 +126,7 @@ class Monitor:
             masks = agent.masks(problem)
             losses = problem.losses(np.arange(len(problem)), masks)
             active = problem.active_parameters(masks)
-            reward = float(np.mean(-losses - problem.l0_penalty * active))
+            reward = self._mean(problem, masks)
             scalars |= {
                 f"{name}/loss": float(losses.mean()),
                 f"{name}/reward": reward,

@@ -42,7 +42,7 @@ class Planted:
         users: int = 250,
         each: int = 8,
         gates: int = 6,
-        coupling: float = 0.3,
+        coupling: float = 0.2,
         spread: float = 3.0,
     ) -> None:
         rng = np.random.default_rng(seed)

@@ -11,19 +11,17 @@ import torch
 
 from dsa_gym.agents import make_agent
 
-STEPS = 60_000
 
-
-@pytest.mark.parametrize("coupling", [0.0, 0.3], ids=["linear", "multilinear"])
+@pytest.mark.parametrize("coupling", [0.0, 0.2], ids=["linear", "multilinear"])
 def test_learns_the_planted_problem(coupling: float, planted: Any, planted_env: Any) -> None:
     training, fresh = planted(0, coupling=coupling), planted(1, coupling=coupling)
     env = planted_env(training)
     agent, static = make_agent("gumbel", env, 0), make_agent("static", env)
-    agent.learn(STEPS)
+    agent.learn(60_000)
     static.learn(0)
     share = fresh.share_of_gain(agent.masks(fresh), static.masks(fresh)[0])
     print(f"share of the gain {share:.3f}")
-    assert share >= 0.95
+    assert share >= 0.97  # 0.992 and 0.984 were measured
 
 
 def test_price_closes_gates(planted: Any, planted_env: Any) -> None:

@@ -137,17 +137,14 @@ def test_learns_the_planted_problem(planted: Any, planted_vec_env: Any) -> None:
     # the default noise is for real users; here nothing is to be memorised
     agent = make_agent("ppo", env, 0, observation_noise=0.0)
     began = time.process_time()
-    agent.learn(STEPS)
+    agent.learn(200_000)
     seconds = time.process_time() - began
     static = make_agent("static", env)
     static.learn(0)
     share = fresh.share_of_gain(agent.masks(fresh), static.masks(fresh)[0])
     print(f"share of the gain {share:.3f} in {seconds:.1f} s")
-    assert share >= 0.9
+    assert share >= 0.97  # 0.988 was measured
     assert seconds <= 10
-
-
-STEPS = 200_000
 
 
 def test_resumed_run_counts_on(planted: Any, planted_vec_env: Any, tmp_path: Path) -> None:
