@@ -6,7 +6,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, cast
 
 import numpy as np
 import yaml
@@ -162,7 +162,7 @@ class Agent(ABC):
         Raises:
             ValueError: If it is not a batch of the environment's observations.
         """
-        shapes = {name: np.shape(observation.get(name)) for name in self.env.observation_space.spaces}
+        shapes = {name: np.shape(cast(Any, observation.get(name))) for name in self.env.observation_space.spaces}
         counts = {shape[0] if len(shape) == 2 else None for shape in shapes.values()}
         dims = {name: shape[1:] for name, shape in shapes.items()}
         expected = {name: box.shape for name, box in self.env.observation_space.spaces.items()}

@@ -52,7 +52,8 @@ class RandomAgent(Agent):
         """A fresh draw: the t-th call of two agents with the same seed draws the same."""
         generator = np.random.default_rng((self.seed, self._draws))
         self._draws += 1
-        return (generator.random((self.rows(observation), self.gates)) < self.config["density"]).astype(np.uint8)
+        on = generator.random((self.rows(observation), self.gates)) < float(self.config["density"])
+        return on.astype(np.uint8)
 
     def probabilities(self, observation: Observation) -> NDArray[np.float64]:
         """The density."""

@@ -119,7 +119,7 @@ class Backbone:
     @property
     def config(self) -> Any:
         """The Hugging Face configuration of the text model."""
-        return self.model.config.get_text_config()
+        return self.model.config.get_text_config()  # type: ignore[operator, union-attr]
 
     @contextmanager
     def adapted(self, adapters: ActiveAdapters | None) -> Iterator[nn.Module]:

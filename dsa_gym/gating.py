@@ -63,7 +63,8 @@ class GateConfig:
 
     def temperature_at(self, progress: float) -> float:
         """Temperature after a share ``progress`` in [0, 1] of the training."""
-        return self.temperature * (self.final_temperature / self.temperature) ** min(max(progress, 0.0), 1.0)
+        share = min(max(progress, 0.0), 1.0)
+        return float(self.temperature ** (1 - share) * self.final_temperature**share)
 
 
 class GatingNetwork(nn.Module):

@@ -154,13 +154,15 @@ class ActiveAdapters:
         up, down = (matrix.to(hidden.dtype) for matrix in self.shape.matrices(self.phi, site, self.users))
         users, rank, width = up.shape[0], self.shape.rank, hidden.shape[-1]
         if users == 1:
-            grouped, up, down, add = hidden.reshape(-1, width), up[0], down[0], torch.addmm
+            grouped, up, down = hidden.reshape(-1, width), up[0], down[0]
         else:
-            grouped, add = hidden.reshape(users, -1, width), torch.baddbmm
+            grouped = hidden.reshape(users, -1, width)
         units = torch.relu(grouped @ up)
         if self.gates is not None:
             gate = self.gates[:, site].to(hidden.dtype)  # (rows, rank)
             units = (units.reshape(gate.shape[0], -1, rank) * gate[:, None]).view_as(units)
         if self.training and self.shape.dropout:
             return hidden + nn.functional.dropout(units @ down, self.shape.dropout).view_as(hidden)
-        return add(grouped, units, down).view_as(hidden)
+        # one kernel for product and residual
+        add = torch.addmm(grouped, units, down) if users == 1 else torch.baddbmm(grouped, units, down)
+        return add.view_as(hidden)

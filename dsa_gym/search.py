@@ -25,13 +25,19 @@ def exhaustive(problem: GatingProblem) -> bool:
 
 def mask_table(problem: GatingProblem) -> NDArray[np.float64]:
     """Reward of every input under every mask, (n, 2^G)."""
-    gates = all_gates(problem.space).numpy()
+    gates = _all(problem)
     price = problem.l0_penalty * problem.active_parameters(gates)
     if problem.table is not None:
         return -np.asarray(problem.table, dtype=np.float64) - price
     inputs = np.repeat(np.arange(len(problem)), len(gates))
     losses = problem.losses(inputs, np.tile(gates, (len(problem), 1)))
     return -losses.reshape(len(problem), len(gates)).astype(np.float64) - price
+
+
+def _all(problem: GatingProblem) -> Bits:
+    """Every mask, (2^G, G)."""
+    gates: Bits = all_gates(problem.space).numpy()
+    return gates
 
 
 def best_static(problem: GatingProblem, *, sample: int = 256, seed: int = 0) -> Bits:
@@ -43,9 +49,11 @@ def best_static(problem: GatingProblem, *, sample: int = 256, seed: int = 0) -> 
         seed: Seeds the sample.
     """
     if exhaustive(problem):
-        return all_gates(problem.space).numpy()[mask_table(problem).mean(0).argmax()]
+        best: Bits = _all(problem)[mask_table(problem).mean(0).argmax()]
+        return best
     inputs = np.random.default_rng(seed).permutation(len(problem))[:sample]
-    return greedy(problem, inputs, np.zeros(len(inputs), dtype=np.int64))[0]
+    found: Bits = greedy(problem, inputs, np.zeros(len(inputs), dtype=np.int64))[0]
+    return found
 
 
 def best_per_user(problem: GatingProblem) -> dict[int, Bits]:
@@ -53,7 +61,7 @@ def best_per_user(problem: GatingProblem) -> dict[int, Bits]:
     users = problem.user.numpy()
     names, group = np.unique(users, return_inverse=True)
     if exhaustive(problem):
-        table, gates = mask_table(problem), all_gates(problem.space).numpy()
+        table, gates = mask_table(problem), _all(problem)
         return {int(name): gates[table[group == i].mean(0).argmax()] for i, name in enumerate(names)}
     chosen = greedy(problem, np.arange(len(problem)), group)
     return {int(name): chosen[i] for i, name in enumerate(names)}
@@ -62,7 +70,8 @@ def best_per_user(problem: GatingProblem) -> dict[int, Bits]:
 def oracle(problem: GatingProblem) -> Bits:
     """For each input the mask with the best reward, (n, G)."""
     if exhaustive(problem):
-        return all_gates(problem.space).numpy()[mask_table(problem).argmax(1)]
+        best: Bits = _all(problem)[mask_table(problem).argmax(1)]
+        return best
     return greedy(problem, np.arange(len(problem)), np.arange(len(problem)))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, cast
 
 import gymnasium as gym
 import numpy as np
@@ -59,7 +59,7 @@ class _Gating:
         self._opened = Bundle.open(self.source, verify=False)
         if self._opened.domain != domain:
             raise ValueError(f"bundle={self.source!r}: is of domain {self._opened.domain!r}, expected {domain!r}")
-        self.arguments = {
+        self.arguments: dict[str, Any] = {
             "split": split,
             "granularity": granularity,
             "l0_penalty": l0_penalty,
@@ -360,7 +360,8 @@ class GatingEnv(gym.Env[Observation, NDArray[np.int8]]):
             render_mode=render_mode,
             cache_bytes=cache_bytes,
         )
-        self.observation_space, self.action_space = self._core.observation_space, self._core.action_space
+        self.observation_space = cast("spaces.Space[Observation]", self._core.observation_space)
+        self.action_space = self._core.action_space
         self.render_mode = render_mode
         self._seeded = False
 
@@ -385,7 +386,7 @@ class GatingEnv(gym.Env[Observation, NDArray[np.int8]]):
 
     def step(self, action: Any) -> tuple[Observation, float, bool, bool, Info]:
         """Apply one mask to the current input."""
-        gates = self._core.gates_of(action, self.action_space.shape)[None]
+        gates = self._core.gates_of(action, self._core.action_space.shape)[None]
         info = {name: value[0].item() for name, value in self._core.score(gates).items()}
         reward = info.pop("reward")
         ended = bool(self._core.episodes.advance()[0])
@@ -467,7 +468,7 @@ class GatingVectorEnv(VectorEnv[Observation, NDArray[Any], NDArray[Any]]):
 
     def step(self, actions: Any) -> tuple[Observation, NDArray[np.float64], NDArray[np.bool_], NDArray[np.bool_], Info]:
         """Apply one mask per environment (num_envs, G)."""
-        gates = self._core.gates_of(actions, (self.num_envs, *self.single_action_space.shape))
+        gates = self._core.gates_of(actions, (self.num_envs, *self._core.action_space.shape))
         scored = self._core.score(gates)
         rewards = scored.pop("reward")
         ended = self._core.episodes.advance()
@@ -499,12 +500,12 @@ class GatingVectorEnv(VectorEnv[Observation, NDArray[Any], NDArray[Any]]):
         """Which environments ``reset`` begins, bool (num_envs,)."""
         if mask is None:
             return np.ones(self.num_envs, dtype=bool)
-        mask = np.asarray(mask)
-        if mask.dtype != np.bool_ or mask.shape != (self.num_envs,) or not mask.any():
+        chosen: NDArray[np.bool_] = np.asarray(mask)
+        if chosen.dtype != np.bool_ or chosen.shape != (self.num_envs,) or not chosen.any():
             raise ValueError(f"options['reset_mask']: expected a boolean ({self.num_envs},) with a True, got {mask!r}")
-        if not self._seeded and not mask.all():
+        if not self._seeded and not chosen.all():
             raise ValueError("options['reset_mask']: the first reset has to begin every environment")
-        return mask
+        return chosen
 
     def _seed(self, seed: int | Sequence[int | None] | None, chosen: NDArray[np.bool_]) -> None:
         """Seed chosen environment i with ``seed + i`` or ``seed[i]``; all once from fresh entropy."""

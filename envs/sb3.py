@@ -22,7 +22,7 @@ class GymnasiumVecEnv(VecEnv):
         mode = envs.metadata.get("autoreset_mode")
         if mode != AutoresetMode.SAME_STEP:
             raise ValueError(f"envs: autoreset mode {mode}, expected AutoresetMode.SAME_STEP")
-        self.envs = envs
+        self.envs: Any = envs
         self.render_mode = envs.render_mode
         super().__init__(envs.num_envs, envs.single_observation_space, envs.single_action_space)
         self._actions: Any = None
@@ -31,6 +31,7 @@ class GymnasiumVecEnv(VecEnv):
         """Begin episodes with the seeds and options that were set."""
         seeds = list(self._seeds) if any(seed is not None for seed in self._seeds) else None
         options = self._merged_options()
+        observation: VecEnvObs
         observation, infos = self.envs.reset(seed=seeds, options=options)
         self.reset_infos = [{name: infos[name][i].item() for name in _arrays(infos)} for i in range(self.num_envs)]
         self._reset_seeds()

@@ -121,7 +121,8 @@ class Monitor:
 
     def __call__(self, agent: Agent) -> tuple[dict[str, float], dict[str, np.ndarray]]:
         """Scalars and decisions of the agent, by split."""
-        scalars, decisions = {}, {}
+        scalars: dict[str, float] = {}
+        decisions: dict[str, np.ndarray] = {}
         for name, problem in self.problems.items():
             masks = agent.masks(problem)
             losses = problem.losses(np.arange(len(problem)), masks)
