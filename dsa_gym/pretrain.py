@@ -257,7 +257,6 @@ def pretrain_text(
     if checkpoint_every < 1:
         raise ValueError(f"checkpoint_every={checkpoint_every}: expected a positive number of steps")
     out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
     train, held = _prepare_corpus(corpus, out, config)
     torch.manual_seed(config.seed)
     model = build_model(config)

@@ -14,6 +14,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.logging import RichHandler
+from transformers.utils.logging import disable_progress_bar
 
 from dsa_gym import __version__
 
@@ -42,6 +43,8 @@ def _quiet(verbose: bool) -> None:
     handler = RichHandler(console=Console(stderr=True), show_path=False, show_time=False, markup=False)
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler], force=True)
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    if not verbose:
+        disable_progress_bar()  # of loading weights
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     for name in ("transformers", "httpx", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.INFO if verbose else logging.ERROR)

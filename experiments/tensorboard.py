@@ -50,7 +50,7 @@ class PolicyLog:
         if agent.name in ("user_static", "oracle"):
             return
         probability = np.clip(agent.probabilities(self._problem.observations), 1e-6, 1 - 1e-6)
-        entropy = bernoulli_kl(probability, probability, entropy=True).mean(0)
+        entropy = bernoulli_entropy(probability).mean(0)
         before = probability if self._before is None else self._before
         divergence = bernoulli_kl(probability, before).mean(0)
         self._before = probability
@@ -73,10 +73,15 @@ class PolicyLog:
         self._writer.close()
 
 
-def bernoulli_kl(p: NDArray[np.float64], q: NDArray[np.float64], *, entropy: bool = False) -> NDArray[np.float64]:
-    """``KL(p || q)`` of Bernoulli gates in nats, elementwise; with ``entropy`` the entropy of p instead."""
-    own = p * np.log(p) + (1 - p) * np.log(1 - p)
-    return -own if entropy else own - p * np.log(q) - (1 - p) * np.log(1 - q)
+def bernoulli_entropy(p: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Entropy of Bernoulli gates in nats, elementwise, for p in (0, 1)."""
+    return -p * np.log(p) - (1 - p) * np.log(1 - p)
+
+
+def bernoulli_kl(p: NDArray[np.float64], q: NDArray[np.float64]) -> NDArray[np.float64]:
+    """``KL(p || q)`` of Bernoulli gates in nats, elementwise, for p and q in (0, 1)."""
+    divergence = p * np.log(p / q) + (1 - p) * np.log((1 - p) / (1 - q))
+    return np.maximum(divergence, 0.0)  # rounding can take it below zero
 
 
 def _enlarged(values: NDArray[np.float64], cell: int = 16) -> NDArray[np.uint8]:

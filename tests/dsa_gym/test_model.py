@@ -139,7 +139,7 @@ def test_sites_must_be_those_of_the_backbone(tiny: AdaptedModel, backbone_folder
 
 def test_shapes_that_do_not_fit(tiny: AdaptedModel, examples: Examples, phi: Tensor) -> None:
     size = tiny.shape.size
-    with pytest.raises(ValueError, match=rf"phi: \(4, {size}\) for 6 examples, expected \(users, {size}\)"):
+    with pytest.raises(ValueError, match=rf"phi: \(4, {size}\) for 6 examples of 4 users, expected \(users, {size}\)"):
         tiny.losses(examples, torch.zeros(4, size))
     with pytest.raises(ValueError, match=r"phi: \(3, 7\)"):
         tiny.losses(examples, torch.zeros(3, 7))

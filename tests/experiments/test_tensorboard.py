@@ -12,7 +12,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dsa_gym import storage
-from dsa_gym.experiments.tensorboard import PolicyLog, bernoulli_kl
+from dsa_gym.experiments.tensorboard import PolicyLog, bernoulli_entropy, bernoulli_kl
 from dsa_gym.experiments.train import load_run
 
 
@@ -124,4 +124,4 @@ def test_divergence_and_entropy_of_gates() -> None:
     np.testing.assert_allclose(bernoulli_kl(p, q), kl)
     assert bernoulli_kl(p, q)[0] == pytest.approx(0)
     entropy = -(p * np.log(p) + (1 - p) * np.log(1 - p))
-    np.testing.assert_allclose(bernoulli_kl(p, p, entropy=True), entropy)
+    np.testing.assert_allclose(bernoulli_entropy(p), entropy)
