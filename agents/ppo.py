@@ -182,6 +182,7 @@ class PPOAgent(Agent):
             writers = [_Forward(lambda step, scalars: on_update(offset + step, scalars))]
         self.model.set_logger(Logger(folder=None, output_formats=writers))
         self.model.learn(steps, log_interval=1)
+        self.model.logger.dump(self.model.num_timesteps)  # the last update, logged after its rollout was
         if not all(bool(torch.isfinite(p).all()) for p in self.model.policy.parameters()):
             raise FloatingPointError(f"ppo: weights are not finite after {self.steps} steps: lower learning_rate")
 

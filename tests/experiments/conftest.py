@@ -9,7 +9,7 @@ import pytest
 
 from dsa_gym.experiments.cli import main
 
-TRAIN = ["--num-envs", "8", "--steps", "256", "--evaluate-every", "128"]
+TRAIN = ["--num-envs", "4", "--steps", "256", "--evaluate-every", "128"]
 SETTINGS = ["--set", "epochs=1", "hidden=[8]", "batch_size=64", "learning_rate=1e-2"]
 
 

@@ -108,7 +108,7 @@ def test_a_gate_that_ignores_users_and_inputs_is_its_own_control(bundle_folder: 
 
 
 def test_one_user_has_no_other_user(
-    runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    runs: list[Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     problem = TrainConfig.problem
 
@@ -124,7 +124,8 @@ def test_one_user_has_no_other_user(
     assert result["users"] == 1
     assert result["controls"]["shuffled_users"] is None
     assert result["controls"]["shuffled_inputs"]["mean"] < 0
-    show(result, Console(file=(tmp_path / "out.txt").open("w", encoding="utf-8")))
+    show(result, Console(width=140))
+    assert "-" in capsys.readouterr().out
 
 
 def test_plot_is_a_picture(result: dict[str, Any], tmp_path: Path) -> None:
