@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol, cast
 
 import numpy as np
+import torch
 import yaml
 from gymnasium import spaces
 from numpy.typing import NDArray
@@ -224,6 +225,26 @@ class Agent(ABC):
             )
         self.seed = int(record["seed"])
         self.load_state(storage.read_tensors(Path(folder) / "agent.safetensors"))
+
+
+class LogitAgent(Agent):
+    """An agent that gives every gate a logit: it is on if its probability is above one half."""
+
+    @abstractmethod
+    def logits(self, observation: Observation) -> Tensor:
+        """Logit of each gate (rows, G), without a gradient."""
+
+    def predict(self, observation: Observation, info: dict[str, Any] | None = None) -> Bits:
+        """Gates whose probability is above one half."""
+        self.rows(observation)
+        decided: Bits = (self.logits(observation) > 0).to(torch.uint8).numpy()
+        return decided
+
+    def probabilities(self, observation: Observation) -> NDArray[np.float64]:
+        """Probability that each gate is on, (rows, G)."""
+        self.rows(observation)
+        probabilities: NDArray[np.float64] = torch.sigmoid(self.logits(observation)).double().numpy()
+        return probabilities
 
 
 def zoo_defaults(name: str) -> dict[str, Any]:

@@ -6,15 +6,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from dsa_gym import storage
-from dsa_gym.agents.base import Agent, Bits, Observation, OnUpdate
+from dsa_gym.agents.base import LogitAgent, Observation, OnUpdate
 from dsa_gym.gating import GateConfig, GatingNetwork
 
 
-class GumbelAgent(Agent):
+class GumbelAgent(LogitAgent):
     """Minimises ``loss + l0_penalty * active_parameters`` by the gradient through relaxed gates.
 
     Each gate is a binary concrete variable (Maddison et al., 2017; Jang et al., 2017). It needs a loss that
@@ -82,17 +81,9 @@ class GumbelAgent(Agent):
             if on_update is not None:
                 on_update(self._steps, {"train/loss": loss.item(), "train/density": gates.mean().item()})
 
-    def predict(self, observation: Observation, info: dict[str, Any] | None = None) -> Bits:
-        """Gates whose probability is above one half."""
-        return (self._logits(observation) > 0).to(torch.uint8).numpy()
-
-    def probabilities(self, observation: Observation) -> NDArray[np.float64]:
-        """Sigmoid of the logits."""
-        return torch.sigmoid(self._logits(observation)).double().numpy()
-
     @torch.inference_mode()
-    def _logits(self, observation: Observation) -> Tensor:
-        self.rows(observation)
+    def logits(self, observation: Observation) -> Tensor:
+        """Logit of each gate (rows, G)."""
         self.gate.eval()
         logits: Tensor = self.gate(torch.as_tensor(observation["user"]), torch.as_tensor(observation["context"]))
         return logits

@@ -15,7 +15,7 @@ from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepR
 from torch import Tensor, nn
 
 from dsa_gym import storage
-from dsa_gym.agents.base import Agent, Bits, Observation, OnUpdate
+from dsa_gym.agents.base import LogitAgent, Observation, OnUpdate
 
 
 class TrainingView(VecEnvWrapper):
@@ -102,7 +102,7 @@ class _Forward(KVWriter):
         pass
 
 
-class PPOAgent(Agent):
+class PPOAgent(LogitAgent):
     """Proximal policy optimisation (Schulman et al., 2017) over independent Bernoulli gates.
 
     A contextual bandit has ``gamma = 0``. The entropy bonus is per gate (its coefficient is ``entropy / G``,
@@ -186,17 +186,9 @@ class PPOAgent(Agent):
         if not all(bool(torch.isfinite(p).all()) for p in self.model.policy.parameters()):
             raise FloatingPointError(f"ppo: weights are not finite after {self.steps} steps: lower learning_rate")
 
-    def predict(self, observation: Observation, info: dict[str, Any] | None = None) -> Bits:
-        """Gates whose probability is above one half."""
-        return (self._logits(observation) > 0).to(torch.uint8).numpy()
-
-    def probabilities(self, observation: Observation) -> NDArray[np.float64]:
-        """Probability that each gate is on."""
-        return torch.sigmoid(self._logits(observation)).double().numpy()
-
     @torch.inference_mode()
-    def _logits(self, observation: Observation) -> Tensor:
-        self.rows(observation)
+    def logits(self, observation: Observation) -> Tensor:
+        """Logit of each gate (rows, G)."""
         policy = self.model.policy
         policy.set_training_mode(False)
         tensors = {name: torch.as_tensor(value) for name, value in observation.items()}

@@ -112,7 +112,8 @@ def greedy(
             flipped[:, gate] ^= 1
             gains[i] = score(flipped) - best
         choice = gains.argmax(0)
-        better = gains[choice, np.arange(groups)] > 0
+        # losses computed in another batch differ in their last digits; climbing on those might never end
+        better = gains[choice, np.arange(groups)] > 1e-6
         current[better, tried[choice[better]]] ^= 1
         best = best + np.where(better, gains[choice, np.arange(groups)], 0.0)
         idle = 0 if better.any() else idle + 1

@@ -200,9 +200,7 @@ def test_table_is_read_only_and_optional(bundle_folder: Path) -> None:
     assert bundle.table("train", even=True) is None
 
 
-def test_a_local_backbone_goes_with_the_bundle(
-    backbone_folder: Path, persona_file: Path, tmp_path: Path
-) -> None:
+def test_a_local_backbone_goes_with_the_bundle(backbone_folder: Path, persona_file: Path, tmp_path: Path) -> None:
     """It works after the folder that the backbone came from is gone and the bundle was moved."""
     source = Path(shutil.copytree(backbone_folder, tmp_path / "source"))
     (source / "secrets.env").write_text("not for others", encoding="utf-8")

@@ -33,9 +33,7 @@ REFERENCE = np.array([[0, 1], [1, 1], [1, 0]], dtype=np.uint8)
 @pytest.fixture
 def ladder(table_problem: Make) -> Ladder:
     support = table_problem(SUPPORT, np.array([3, 7]), l0_penalty=PRICE)
-    held_out = table_problem(
-        HELD_OUT, np.array([3, 7, 3]), l0_penalty=PRICE, reference=REFERENCE, support=support
-    )
+    held_out = table_problem(HELD_OUT, np.array([3, 7, 3]), l0_penalty=PRICE, reference=REFERENCE, support=support)
     train = table_problem(TRAIN, np.array([0, 1]), l0_penalty=PRICE)
     return build_ladder(held_out, train, density=0.5)
 
@@ -59,9 +57,7 @@ def test_every_rung_by_hand(ladder: Ladder, rung: str, rewards: list[float]) -> 
 
 
 def test_random_masks_have_the_density(table_problem: Make, rng: np.random.Generator) -> None:
-    problem = table_problem(
-        rng.random((4000, 4)), np.arange(4000) % 5, reference=np.zeros((4000, 2), dtype=np.uint8)
-    )
+    problem = table_problem(rng.random((4000, 4)), np.arange(4000) % 5, reference=np.zeros((4000, 2), dtype=np.uint8))
     masks = build_ladder(problem, problem, density=0.25).masks["random"]
     assert masks.mean() == pytest.approx(0.25, abs=0.02)
     again = build_ladder(problem, problem, density=0.25).masks["random"]

@@ -216,9 +216,7 @@ def test_without_files_the_data_are_still_told_apart(
         again(raw[:-1])
 
 
-def test_same_seed_same_files_another_seed_another_split(
-    command: list[object], unbroken: Path, tmp_path: Path
-) -> None:
+def test_same_seed_same_files_another_seed_another_split(command: list[object], unbroken: Path, tmp_path: Path) -> None:
     outs = [tmp_path / name for name in "ab"]
     for out, seed in zip(outs, "34", strict=True):
         assert main([*map(str, command), "--seed", seed, "--out", str(out)]) == 0

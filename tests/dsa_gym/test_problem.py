@@ -72,9 +72,7 @@ def test_table_equals_the_model(make: Make, split: str) -> None:
 def test_computed_losses_equal_one_row_at_a_time(make: Make, granularity: str) -> None:
     problem = make(granularity=granularity)
     inputs, gates = some(problem, 6)
-    np.testing.assert_allclose(
-        problem.losses(inputs, gates), one_by_one(problem, inputs, gates), atol=1e-4
-    )
+    np.testing.assert_allclose(problem.losses(inputs, gates), one_by_one(problem, inputs, gates), atol=1e-4)
     assert (problem.table is None) == (granularity != "pathway")
 
 
@@ -131,9 +129,7 @@ def test_nothing_on_is_the_bare_backbone(make: Make) -> None:
     inputs = np.arange(6)
     with torch.no_grad():
         bare = problem.model.losses(take(problem.bundle.examples, problem.rows[:6]), None).numpy()
-    np.testing.assert_allclose(
-        problem.losses(inputs, np.zeros((6, problem.gates), dtype=np.uint8)), bare, atol=1e-4
-    )
+    np.testing.assert_allclose(problem.losses(inputs, np.zeros((6, problem.gates), dtype=np.uint8)), bare, atol=1e-4)
 
 
 def test_splits_are_disjoint(make: Make) -> None:
@@ -157,9 +153,7 @@ def test_support_is_of_these_users_and_apart_from_the_split(make: Make, split: s
     # its part of the table belongs to its inputs
     support.__dict__["model"] = problem.model
     inputs, gates = some(support, 8)
-    np.testing.assert_allclose(
-        support.losses(inputs, gates), support.compute_losses(inputs, gates), atol=1e-4
-    )
+    np.testing.assert_allclose(support.losses(inputs, gates), support.compute_losses(inputs, gates), atol=1e-4)
 
 
 def test_some_inputs_only(make: Make) -> None:
@@ -188,9 +182,7 @@ def test_reference_gates_refine(make: Make, granularity: str) -> None:
     assert other.shape == (len(fine), fine.gates)
     assert np.array_equal(coarse.active_parameters(one), fine.active_parameters(other))
     inputs = np.arange(4)
-    np.testing.assert_allclose(
-        fine.losses(inputs, other[:4]), coarse.losses(inputs, one[:4]), atol=1e-4
-    )
+    np.testing.assert_allclose(fine.losses(inputs, other[:4]), coarse.losses(inputs, one[:4]), atol=1e-4)
 
 
 def test_reference_gates_cannot_be_coarser(bundle_folder: Path) -> None:

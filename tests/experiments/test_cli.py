@@ -195,9 +195,7 @@ def test_users_with_too_few_texts_are_counted(fail: Fail, tmp_path: Path) -> Non
         (None, "no such file"),
     ],
 )
-def test_bad_configuration(
-    fail: Fail, tmp_path: Path, persona_file: Path, text: str | None, message: str
-) -> None:
+def test_bad_configuration(fail: Fail, tmp_path: Path, persona_file: Path, text: str | None, message: str) -> None:
     config = tmp_path / "config.yaml"
     if text is not None:
         config.write_text(text, encoding="utf-8")
@@ -304,9 +302,7 @@ def test_verbose_shows_the_traceback() -> None:
         main(["info", "nowhere", "--verbose"])
 
 
-def test_interrupted(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], bundle_folder: Path
-) -> None:
+def test_interrupted(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], bundle_folder: Path) -> None:
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
