@@ -99,9 +99,7 @@ def observed(tiny: AdaptedModel, population: Population) -> tuple[torch.Tensor, 
     """Whitened observations of all users (users, 3) and of all examples (N, 4)."""
     whole = tiny.features(population.examples, context=False)
     context = tiny.features(population.examples, context=True)
-    of_user = torch.stack(
-        [whole[population.rows(u, "support")].mean(0) for u in range(len(population.users))]
-    )
+    of_user = torch.stack([whole[population.rows(u, "support")].mean(0) for u in range(len(population.users))])
     return fit_projection(of_user, 3)(of_user), fit_projection(context, 4)(context)
 
 

@@ -74,9 +74,7 @@ def test_planted_support_is_recovered(method: str) -> None:
 
 def test_dense_reaches_the_optimum() -> None:
     target = planted(nonzero=P)
-    delta = adapt_users(
-        phi_meta(), USERS, quadratic(target), AdaptationConfig("dense", steps=300, learning_rate=0.02)
-    )
+    delta = adapt_users(phi_meta(), USERS, quadratic(target), AdaptationConfig("dense", steps=300, learning_rate=0.02))
     torch.testing.assert_close(delta, target, atol=1e-2, rtol=0)
 
 

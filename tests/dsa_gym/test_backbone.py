@@ -30,9 +30,7 @@ _BASE = dict(
     eos_token_id=0,
 )
 _GROUPED = dict(_BASE, num_key_value_heads=1, head_dim=8)
-_GPT2 = dict(
-    vocab_size=61, n_positions=32, n_embd=16, n_layer=LAYERS, n_head=2, bos_token_id=0, eos_token_id=0
-)
+_GPT2 = dict(vocab_size=61, n_positions=32, n_embd=16, n_layer=LAYERS, n_head=2, bos_token_id=0, eos_token_id=0)
 _OPT = dict(
     vocab_size=61,
     hidden_size=16,
@@ -171,9 +169,7 @@ def test_layers_and_kinds_select_sites() -> None:
     backbone = Backbone(model, layers=[-1, 0, 2], kinds=["feed_forward"])
     assert [(site.layer, site.kind) for site in backbone.sites] == [(0, "feed_forward"), (2, "feed_forward")]
     shape = AdapterShape(backbone.sites, rank=2, pathways=1)
-    assert not torch.equal(
-        logits(backbone, ActiveAdapters(shape, random_phi(shape, 1))), logits(backbone, None)
-    )
+    assert not torch.equal(logits(backbone, ActiveAdapters(shape, random_phi(shape, 1))), logits(backbone, None))
 
 
 @pytest.mark.parametrize(
@@ -318,9 +314,7 @@ WEIGHT = "transformer.h.1.mlp.c_fc.weight"
 
 
 def test_missing_folder(tmp_path: Path) -> None:
-    with pytest.raises(
-        ValueError, match=r"backbone=.*nowhere.*weights cannot be loaded.*expected 'dsa-text'"
-    ):
+    with pytest.raises(ValueError, match=r"backbone=.*nowhere.*weights cannot be loaded.*expected 'dsa-text'"):
         Backbone.load(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="backbone='no-such-user/no-such-model': weights cannot be loaded"):
         Backbone.load("no-such-user/no-such-model")

@@ -59,16 +59,12 @@ def test_nested_values(tmp_path: Path) -> None:
         """,
     )
     config = read_config(path, Outer)
-    assert config == Outer(
-        "été", 3, True, Inner(2.0, "b"), None, (0, -1), {"train": 4}, {"x": [1, "two"], "y": None}
-    )
+    assert config == Outer("été", 3, True, Inner(2.0, "b"), None, (0, -1), {"train": 4}, {"x": [1, "two"], "y": None})
     assert isinstance(config.inner.rate, float)
 
 
 def test_what_is_left_out_has_its_default(tmp_path: Path) -> None:
-    assert read_config(write(tmp_path, "inner: {mode: b}\nname: x"), Outer) == Outer(
-        "x", inner=Inner(mode="b")
-    )
+    assert read_config(write(tmp_path, "inner: {mode: b}\nname: x"), Outer) == Outer("x", inner=Inner(mode="b"))
     assert read_config(write(tmp_path, ""), Inner) == Inner()
     assert read_config(write(tmp_path, "# nothing\n"), Inner) == Inner()
 

@@ -258,9 +258,7 @@ def test_integers_beyond_floats_stay_exact(tmp_path: Path) -> None:
     ids=lambda column: str(column.type),
 )
 def test_times_in_parquet(tmp_path: Path, column: Any) -> None:
-    pq.write_table(
-        pa.table({"user": ["u"] * 3, "text": ["c", "a", "b"], "time": column}), tmp_path / "a.parquet"
-    )
+    pq.write_table(pa.table({"user": ["u"] * 3, "text": ["c", "a", "b"], "time": column}), tmp_path / "a.parquet")
     assert texts(tmp_path / "a.parquet") == {"u": ("a", "b", "c")}
 
 
@@ -301,9 +299,7 @@ def test_numbers_and_dates_do_not_mix(tmp_path: Path) -> None:
 
 
 def test_one_user_in_two_files_is_one_user(tmp_path: Path) -> None:
-    one = save(
-        tmp_path, "1.jsonl", [{"user": "a", "text": "x", "time": 5}, {"user": "b", "text": "y", "time": 1}]
-    )
+    one = save(tmp_path, "1.jsonl", [{"user": "a", "text": "x", "time": 5}, {"user": "b", "text": "y", "time": 1}])
     two = save(tmp_path, "2.csv.gz", [{"user": "a", "text": "z", "time": 4}])
     assert texts([one, two]) == {"a": ("z", "x"), "b": ("y",)}
     assert texts([two, one]) == {"a": ("z", "x"), "b": ("y",)}
@@ -473,9 +469,7 @@ def test_order_columns_missing_further_down(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("compression", COMPRESS)
-@pytest.mark.parametrize(
-    ("kind", "content"), [("jsonl", ""), ("jsonl", "\n\n"), ("csv", ""), ("csv", "user,text\n")]
-)
+@pytest.mark.parametrize(("kind", "content"), [("jsonl", ""), ("jsonl", "\n\n"), ("csv", ""), ("csv", "user,text\n")])
 def test_empty_files(tmp_path: Path, kind: str, content: str, compression: str) -> None:
     path = save(tmp_path, f"a.{kind}{compression}", COMPRESS[compression](content.encode()))
     with pytest.raises(DataError, match=rf"a\.{kind}{compression} is empty: it has no rows"):
@@ -497,9 +491,7 @@ def test_truncated_and_damaged_compression(tmp_path: Path, kind: str, compressio
     whole = COMPRESS[compression](encode(rows, kind))
     for content in (whole[:-3], whole[: len(whole) // 2], b"not compressed at all"):
         path = save(tmp_path, f"a.{kind}{compression}", content)
-        with pytest.raises(
-            DataError, match=rf"cannot read .*a\.{kind}{compression}, it may be truncated or damaged"
-        ):
+        with pytest.raises(DataError, match=rf"cannot read .*a\.{kind}{compression}, it may be truncated or damaged"):
             read_texts([path])
 
 
@@ -514,9 +506,7 @@ def test_damaged_parquet(tmp_path: Path) -> None:
 def test_wrong_encoding_has_line_and_byte(tmp_path: Path, compression: str) -> None:
     compress = COMPRESS[compression]
     latin = GOOD.encode() + '{"user": "a", "text": "été"}\n'.encode("latin-1")
-    with pytest.raises(
-        DataError, match=r"a\.jsonl.*, line 2, byte 24: not UTF-8 \(0xe9\); save the file as UTF-8"
-    ):
+    with pytest.raises(DataError, match=r"a\.jsonl.*, line 2, byte 24: not UTF-8 \(0xe9\); save the file as UTF-8"):
         read_texts([save(tmp_path, f"a.jsonl{compression}", compress(latin))])
     with pytest.raises(DataError, match=r"a\.csv.*, line 1, byte 1: not UTF-8 \(0xff\)"):
         read_texts([save(tmp_path, f"a.csv{compression}", compress("user,text\na,x\n".encode("utf-16")))])

@@ -35,11 +35,7 @@ def test_topk_switches_exactly_active_on(
 ) -> None:
     active = min(active, group)
     network = make(group * groups, group, active=active)
-    logits = (
-        torch.zeros(rows, group * groups)
-        if ties
-        else torch.randn(rows, group * groups, generator=seeded(seed))
-    )
+    logits = torch.zeros(rows, group * groups) if ties else torch.randn(rows, group * groups, generator=seeded(seed))
     for gates in (network.decide(logits), network.sample(logits, 0.7, seeded(seed))):
         assert gates.shape == logits.shape
         assert set(gates.unique().tolist()) <= {0.0, 1.0}

@@ -43,9 +43,7 @@ def make(tiny: AdaptedModel, population: Population, observed: tuple[Tensor, Ten
     def build(granularity: str = "site", dropout: float = 0.0, **settings: Any) -> LibraryTraining:
         shape = AdapterShape(tiny.shape.sites, rank=4, pathways=2, dropout=dropout)
         model = AdaptedModel(tiny.backbone, tiny.domain, shape)
-        return LibraryTraining(
-            model, MaskSpace(shape, granularity), population, *observed, replace(CONFIG, **settings)
-        )
+        return LibraryTraining(model, MaskSpace(shape, granularity), population, *observed, replace(CONFIG, **settings))
 
     return build
 
@@ -218,9 +216,7 @@ def test_batches_take_support_and_query_of_train_users(make: Make, population: P
 def test_validation_that_is_not_finite(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     training = make(steps=1)
     monkeypatch.setattr(training, "reference_losses", lambda *_, **__: torch.tensor([float("nan")]))
-    with pytest.raises(
-        FloatingPointError, match="validation loss is nan after 1 meta-steps: lower learning_rate"
-    ):
+    with pytest.raises(FloatingPointError, match="validation loss is nan after 1 meta-steps: lower learning_rate"):
         training.run()
 
 

@@ -19,8 +19,7 @@ def shapes(draw: st.DrawFn) -> AdapterShape:
     widths = draw(st.lists(st.integers(1, 4), min_size=1, max_size=5))
     layers = sorted(draw(st.lists(st.integers(0, 5), min_size=len(widths), max_size=len(widths))))
     sites = tuple(
-        Site(f"{i}", layer, "attention", width)
-        for i, (layer, width) in enumerate(zip(layers, widths, strict=True))
+        Site(f"{i}", layer, "attention", width) for i, (layer, width) in enumerate(zip(layers, widths, strict=True))
     )
     pathways = draw(st.integers(1, 3))
     return AdapterShape(sites, rank=pathways * draw(st.integers(1, 3)), pathways=pathways)

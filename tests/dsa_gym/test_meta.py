@@ -90,9 +90,7 @@ def gradient(learner: MetaLearner) -> Tensor:
 
 @pytest.mark.parametrize("steps", [1, 2, 5])
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_quadratic_losses_give_the_closed_form(
-    algorithm: str, steps: int, generator: torch.Generator
-) -> None:
+def test_quadratic_losses_give_the_closed_form(algorithm: str, steps: int, generator: torch.Generator) -> None:
     support, query = quadratic(generator), quadratic(generator)
     learner = quadratic_learner(algorithm, steps, generator)
     if algorithm == "meta-sgd":
@@ -233,9 +231,7 @@ def test_finite_differences_of_the_query_loss(algorithm: str, generator: torch.G
                 shifted, shifted_gate = copy.deepcopy((learner, gate))
                 twin = next(
                     b
-                    for a, b in zip(
-                        [*learner.parameters(), gate], [*shifted.parameters(), shifted_gate], strict=True
-                    )
+                    for a, b in zip([*learner.parameters(), gate], [*shifted.parameters(), shifted_gate], strict=True)
                     if a is leaf
                 )
                 with torch.no_grad():
@@ -296,9 +292,7 @@ def test_adapt_returns_weights_that_belong_to_the_caller(algorithm: str, generat
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
-def test_adapt_works_where_gradients_are_off(
-    context: Callable[[], object], generator: torch.Generator
-) -> None:
+def test_adapt_works_where_gradients_are_off(context: Callable[[], object], generator: torch.Generator) -> None:
     support = points(generator, 3)
     learner, gate = gated_learner("maml", 2, generator)
     expected = learner.adapt(gated_loss(gate), support, 3)
@@ -308,9 +302,7 @@ def test_adapt_works_where_gradients_are_off(
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_adapt_with_a_graph_differentiates_as_the_algorithm_does(
-    algorithm: str, generator: torch.Generator
-) -> None:
+def test_adapt_with_a_graph_differentiates_as_the_algorithm_does(algorithm: str, generator: torch.Generator) -> None:
     support, query = points(generator, 3), points(generator, 3)
     learner, gate = gated_learner(algorithm, 2, generator)
     loss_fn = gated_loss(gate)
@@ -619,9 +611,7 @@ def test_maml_reproduces_the_sinusoids_of_its_paper() -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize(
-    ("algorithm", "published", "interval"), [("maml", 0.77, 0.11), ("meta-sgd", 0.53, 0.09)]
-)
+@pytest.mark.parametrize(("algorithm", "published", "interval"), [("maml", 0.77, 0.11), ("meta-sgd", 0.53, 0.09)])
 def test_sinusoids_of_varying_frequency_reach_the_published_error(
     algorithm: str, published: float, interval: float
 ) -> None:

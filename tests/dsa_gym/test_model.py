@@ -34,9 +34,7 @@ def random_gates(space: MaskSpace, rows: int) -> Tensor:
 
 
 @pytest.mark.parametrize("granularity", [*GRANULARITIES, None])
-def test_batch_equals_one_by_one(
-    tiny: AdaptedModel, examples: Examples, phi: Tensor, granularity: str | None
-) -> None:
+def test_batch_equals_one_by_one(tiny: AdaptedModel, examples: Examples, phi: Tensor, granularity: str | None) -> None:
     mask = None
     if granularity is not None:
         space = MaskSpace(tiny.shape, granularity)
@@ -117,9 +115,7 @@ def test_features_do_not_depend_on_the_batch_size(tiny: AdaptedModel, examples: 
     for context in (False, True):
         whole = tiny.features(examples, context=context)
         assert whole.shape == (USERS * EACH, 48 if context else 32)
-        torch.testing.assert_close(
-            tiny.features(examples, context=context, batch_size=4), whole, rtol=0, atol=1e-5
-        )
+        torch.testing.assert_close(tiny.features(examples, context=context, batch_size=4), whole, rtol=0, atol=1e-5)
 
 
 def test_dropout_in_training_only(tiny: AdaptedModel, examples: Examples, phi: Tensor) -> None:

@@ -60,9 +60,7 @@ def test_columns_beyond_the_rank_are_zero(count: int, rank: int) -> None:
     projection = fit_projection(data, 5)
     assert projection.directions[:, :usable].any(0).all()
     assert not projection.directions[:, usable:].any()
-    assert not projection(data + torch.randn(count, 6, generator=torch.Generator().manual_seed(0)))[
-        :, usable:
-    ].any()
+    assert not projection(data + torch.randn(count, 6, generator=torch.Generator().manual_seed(0)))[:, usable:].any()
 
 
 def test_constant_features_give_zeros() -> None:

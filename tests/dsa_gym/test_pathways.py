@@ -14,8 +14,7 @@ from dsa_gym.pathways import ActiveAdapters, AdapterShape, PathwayLibrary, Site
 def make_shape(widths: list[int], rank: int, pathways: int = 1, dropout: float = 0.0) -> AdapterShape:
     """Sites of given widths, two per layer."""
     sites = tuple(
-        Site(f"site{i}", i // 2, ("attention", "feed_forward")[i % 2], width)
-        for i, width in enumerate(widths)
+        Site(f"site{i}", i // 2, ("attention", "feed_forward")[i % 2], width) for i, width in enumerate(widths)
     )
     return AdapterShape(sites, rank=rank, pathways=pathways, dropout=dropout)
 
@@ -87,9 +86,7 @@ def test_site_equals_a_loop_over_rows(case: tuple) -> None:
         ),
         (ActiveAdapters(shape, each * elements), slow_forward(shape, site, hidden, phi, None, elements)),
     ):
-        torch.testing.assert_close(
-            adapters(given_hidden, site).view_as(hidden), reference, rtol=1e-4, atol=1e-5
-        )
+        torch.testing.assert_close(adapters(given_hidden, site).view_as(hidden), reference, rtol=1e-4, atol=1e-5)
 
 
 def test_masking_a_component_is_masking_its_parameters() -> None:

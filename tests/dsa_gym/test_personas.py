@@ -74,9 +74,7 @@ class NaiveBayes:
 
     def score(self, text: str, label: str) -> float:
         count = self.counts[label]
-        return sum(
-            np.log((count[word] + 0.2) / (count.total() + 0.2 * self.vocabulary)) for word in self.split(text)
-        )
+        return sum(np.log((count[word] + 0.2) / (count.total() + 0.2 * self.vocabulary)) for word in self.split(text))
 
     def accuracy(self, texts: list[str], labels: list[str]) -> float:
         guesses = [max(self.counts, key=lambda label: self.score(text, label)) for text in texts]
@@ -137,9 +135,7 @@ def test_users_grow_alike_with_user_similarity():
 
 def test_registers_grow_alike_with_register_similarity():
     config = PersonaConfig(users=16, min_texts=150, max_texts=150, seed=2)
-    distances = [
-        register_distance(replace(config, register_similarity=value)) for value in (0.0, 0.3, 0.6, 1.0)
-    ]
+    distances = [register_distance(replace(config, register_similarity=value)) for value in (0.0, 0.3, 0.6, 1.0)]
     assert all(far > near + 0.02 for far, near in pairwise(distances)), distances
     assert distances[0] > 1.5 * distances[-1]
 
@@ -194,9 +190,7 @@ def test_generate_wants_a_config():
         next(generate_personas({"users": 3}))
 
 
-@pytest.mark.parametrize(
-    ("suffix", "reader"), [(".jsonl", open), (".jsonl.gz", gzip.open), (".jsonl.xz", lzma.open)]
-)
+@pytest.mark.parametrize(("suffix", "reader"), [(".jsonl", open), (".jsonl.gz", gzip.open), (".jsonl.xz", lzma.open)])
 def test_written_rows_come_back(tmp_path, suffix, reader):
     config = replace(SMALL, users=2)
     path = tmp_path / f"personas{suffix}"

@@ -40,9 +40,7 @@ def encode(counts: Sequence[int], config: SplitConfig | None = None) -> tuple[Po
     unseen=st.floats(0.01, 0.98),
     seed=st.integers(0, 20),
 )
-def test_parts_never_overlap_and_keep_time_order(
-    counts: list[int], support: float, unseen: float, seed: int
-) -> None:
+def test_parts_never_overlap_and_keep_time_order(counts: list[int], support: float, unseen: float, seed: int) -> None:
     if support + unseen >= 0.999:
         unseen = 0.999 - support
         if unseen <= 0:

@@ -96,9 +96,7 @@ def test_what_is_written(unbroken: tuple[Path, dict[str, float]], corpus: Path) 
     out, result = unbroken
     backbone = Backbone.load(out)
     assert len(backbone.sites) == 2
-    assert {tensor.dtype for tensor in storage.read_tensors(out / "model.safetensors").values()} == {
-        torch.float16
-    }
+    assert {tensor.dtype for tensor in storage.read_tensors(out / "model.safetensors").values()} == {torch.float16}
     tokenizer = load_tokenizer(out)
     text = "the river ran été"
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
@@ -114,14 +112,10 @@ def test_what_is_written(unbroken: tuple[Path, dict[str, float]], corpus: Path) 
     assert "{" not in card
     # the loss is that of the weights as shipped
     held = storage.read_array(out / "checkpoint" / "held_out.npy")
-    assert pretrain.held_out_loss(backbone.model, held, CONFIG.window) == pytest.approx(
-        result["held_out_loss"]
-    )
+    assert pretrain.held_out_loss(backbone.model, held, CONFIG.window) == pytest.approx(result["held_out_loss"])
 
 
-def test_held_out_paragraphs_are_not_trained_on(
-    unbroken: tuple[Path, dict[str, float]], corpus: Path
-) -> None:
+def test_held_out_paragraphs_are_not_trained_on(unbroken: tuple[Path, dict[str, float]], corpus: Path) -> None:
     out, _ = unbroken
     tokenizer = load_tokenizer(out)
     paragraphs = list(read_paragraphs(corpus))
@@ -217,9 +211,7 @@ def test_a_run_that_was_killed_goes_on_bit_for_bit(corpus: Path, tmp_path: Path)
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
 
 
-def test_another_run_is_not_overwritten(
-    unbroken: tuple[Path, dict[str, float]], corpus: Path, tmp_path: Path
-) -> None:
+def test_another_run_is_not_overwritten(unbroken: tuple[Path, dict[str, float]], corpus: Path, tmp_path: Path) -> None:
     out, _ = unbroken
     before = weights(out)
     with pytest.raises(ValueError, match="holds a run with another configuration or corpus"):

@@ -161,9 +161,7 @@ def test_truncated_tensors_are_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mmap", [False, True])
-@pytest.mark.parametrize(
-    "array", [np.arange(6, dtype=np.int16).reshape(2, 3), np.array(["a", "bc"]), np.array(1.5)]
-)
+@pytest.mark.parametrize("array", [np.arange(6, dtype=np.int16).reshape(2, 3), np.array(["a", "bc"]), np.array(1.5)])
 def test_array_round_trip(tmp_path: Path, mmap: bool, array: np.ndarray) -> None:
     storage.write_array(tmp_path / "a.npy", array)
     read = storage.read_array(tmp_path / "a.npy", mmap=mmap)
@@ -196,9 +194,7 @@ def test_broken_arrays_are_named(tmp_path: Path, mmap: bool) -> None:
 
 def test_sha256(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"abc")
-    assert (
-        storage.sha256(tmp_path / "a") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
-    )
+    assert storage.sha256(tmp_path / "a") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
 
 
 def test_versions_leave_out_what_is_absent(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -109,9 +109,7 @@ def test_adapters_check_dtypes_and_shapes() -> None:
 @fast
 @given(data=st.data())
 def test_float16_is_exact_for_float16_numbers(tmp_path: Path, size: int, data: st.DataObject) -> None:
-    store = (
-        UserStore(tmp_path) if (tmp_path / "store.json").exists() else make(tmp_path, size, values="float16")
-    )
+    store = UserStore(tmp_path) if (tmp_path / "store.json").exists() else make(tmp_path, size, values="float16")
     adapter = data.draw(adapters(size, width=16))
     store.write("u", adapter)
     read = store.read("u")
@@ -123,9 +121,7 @@ def test_float16_is_exact_for_float16_numbers(tmp_path: Path, size: int, data: s
 @pytest.mark.parametrize("block", [1, 8, 256])
 @fast
 @given(data=st.data())
-def test_int8_keeps_indices_bounds_the_error_and_is_idempotent(
-    tmp_path: Path, block: int, data: st.DataObject
-) -> None:
+def test_int8_keeps_indices_bounds_the_error_and_is_idempotent(tmp_path: Path, block: int, data: st.DataObject) -> None:
     store = UserStore(tmp_path) if (tmp_path / "store.json").exists() else make(tmp_path, block=block)
     adapter = data.draw(adapters(1000))
     store.write("u", adapter)
@@ -185,9 +181,7 @@ def test_index_codings_are_lossless(indices: np.ndarray) -> None:
 @given(st.lists(st.integers(0, 2**62), max_size=50))
 def test_varints_are_lossless(numbers: list[int]) -> None:
     array = np.array(numbers, dtype=np.int64)
-    assert np.array_equal(
-        user_store._from_varints(np.frombuffer(user_store._varints(array), np.uint8)), array
-    )
+    assert np.array_equal(user_store._from_varints(np.frombuffer(user_store._varints(array), np.uint8)), array)
 
 
 def test_the_coding_follows_the_indices() -> None:
@@ -404,9 +398,7 @@ def test_values_too_large_for_float16(tmp_path: Path) -> None:
     ):
         store.write("ann", large)
     embedding = UserAdapter.from_dense(torch.zeros(1000), torch.full((EMBEDDING,), -1e6))
-    with pytest.raises(
-        ValueError, match=r"user 'ann': embedding -1e\+06 does not fit float16 .*scale the embedding"
-    ):
+    with pytest.raises(ValueError, match=r"user 'ann': embedding -1e\+06 does not fit float16 .*scale the embedding"):
         store.write("ann", embedding)
 
 
@@ -483,9 +475,7 @@ def test_records_in_the_wrong_place(tmp_path: Path) -> None:
     store.write("ann", random_adapter(1000, 60))
     record = tmp_path / "a" / "users" / file_name("ann")
     shutil.copy(record, record.with_name(file_name("bob")))
-    with pytest.raises(
-        ValueError, match=r"u-bob\.safetensors should be the record of user 'bob' but is that of 'ann'"
-    ):
+    with pytest.raises(ValueError, match=r"u-bob\.safetensors should be the record of user 'bob' but is that of 'ann'"):
         store.read("bob")
     other = make(tmp_path / "b", size=2000)
     shutil.copy(record, tmp_path / "b" / "users" / record.name)

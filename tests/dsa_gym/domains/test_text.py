@@ -169,9 +169,7 @@ def test_unknown_domain(backbone_folder: Path) -> None:
 
 def test_no_causal_language_model(domain: TextDomain) -> None:
     bert = BertForMaskedLM(
-        BertConfig(
-            vocab_size=300, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24
-        )
+        BertConfig(vocab_size=300, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24)
     )
     with pytest.raises(ValueError, match="backbone='b': BertForMaskedLM is no causal language model"):
         domain.check(Backbone(bert, source="b"))
@@ -180,9 +178,7 @@ def test_no_causal_language_model(domain: TextDomain) -> None:
 def test_window(domain: TextDomain, examples: Examples) -> None:
     """A window that is accepted serves losses and features; one token less is refused."""
     for window, fits in ((16, True), (15, False)):
-        model = GPT2LMHeadModel(
-            GPT2Config(vocab_size=300, n_positions=window, n_embd=16, n_layer=1, n_head=2)
-        )
+        model = GPT2LMHeadModel(GPT2Config(vocab_size=300, n_positions=window, n_embd=16, n_layer=1, n_head=2))
         backbone = Backbone(model)
         if not fits:
             with pytest.raises(ValueError, match="max_tokens=16: the backbone's window has 15 positions"):
