@@ -21,7 +21,7 @@ INSTALL = $(REMOVE_BUILD) && $(BIN)/python -m pip install --quiet -c constraints
 .PHONY: help demo test test-all lint format types wheel clean
 
 help:
-	@echo "make demo      install, train and compare a few gating agents; prints where report and logs are"
+	@echo "make demo      install, train PPO on the bundled environment; prints where report and logs are"
 	@echo "make test      the tests that are not slow (at most 12 minutes on two cores)"
 	@echo "make test-all  all tests"
 	@echo "make lint      ruff check and ruff format --check; make format repairs both"
