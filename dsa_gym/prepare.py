@@ -227,7 +227,7 @@ class _Preparation:
         return self._finish(manifest)
 
     def _stage(self, name: str, work: Callable[[], Any]) -> Any:
-        """Run a stage and add its seconds to those of earlier, killed runs."""
+        """Run a stage and add its seconds to those of earlier runs that came this far; a killed attempt's are lost."""
         began = time.monotonic()
         result = work()
         record = self.work / "timings.json"
