@@ -118,11 +118,16 @@ def show(result: dict[str, Any], console: Console | None = None) -> None:
     table.add_section()
     table.add_row("headroom (reference - static)", *[_cell(part["headroom"]) for part in parts])
     table.add_row("gain over static", *[_cell(part["gain_over_static"]) for part in parts])
-    table.add_row("normalised score", *[_cell(part["normalized_score"], 2) for part in parts])
+    table.add_row("normalised score", *[_score(part) for part in parts])
     table.add_row("density", *[f"{part['density']:.3f}" for part in parts])
     table.add_row("active parameters", *[f"{part['active_parameters']:,.0f}" for part in parts])
     console.print(table)
     console.print(f"Oracle: {result['oracle_kind']}; on real data it is inflated by label noise.")
+
+
+def _score(part: dict[str, Any]) -> str:
+    """The normalised score, or a dash where the reference is not above static and it means nothing."""
+    return _cell(part["normalized_score"], 2) if part["headroom"]["mean"] > 0 else "-"
 
 
 def _cell(value: dict[str, float] | None, digits: int = 3) -> str:
@@ -151,11 +156,8 @@ def plot(result: dict[str, Any], path: Path) -> None:
                           fontsize=8)  # fmt: skip
         axis.axvline(part["ladder"]["static"]["mean"], color="#111827", lw=0.8, ls=":")
         axis.set_yticks(range(len(rows)), [RUNGS[name] for name in rows])
-        score = part["normalized_score"]
         kind = "seen users, new inputs" if part["split"] == "seen" else f"unseen users ({part['split']})"
-        axis.set_title(
-            f"{kind}\nnormalised score {score['mean']:.2f} [{score['low']:.2f}, {score['high']:.2f}]", fontsize=10
-        )
+        axis.set_title(f"{kind}\nnormalised score {_score(part)}", fontsize=10)
         axis.set_xlabel("reward (nats); all-on left out: " + f"{part['ladder']['all']['mean']:.2f}")
         axis.grid(axis="x", alpha=0.3)
         for side in ("top", "right"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from collections.abc import Callable
@@ -192,3 +193,12 @@ def test_the_same_seed_twice_is_refused(runs: list[Path]) -> None:
 def test_unknown_split(runs: list[Path], split: str) -> None:
     with pytest.raises(ValueError, match=f"split='{split}': expected test, validation or seen"):
         evaluate(runs, split)
+
+
+def test_no_score_without_headroom(result: dict[str, Any]) -> None:
+    """Where the reference is not above the best static mask, a score between the two means nothing."""
+    out = io.StringIO()
+    part = {**result["seen"], "headroom": {"mean": -0.1, "low": -0.2, "high": 0.0}}
+    show({**part, "config": result["config"]}, Console(file=out, width=120))
+    row = next(line for line in out.getvalue().splitlines() if "normalised score" in line)
+    assert row.replace("│", " ").split() == ["normalised", "score", "-"]
