@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dsa_gym.backbone import Backbone
-from dsa_gym.domains import Domain, Examples, rows_of
+from dsa_gym.domains import Domain, Examples, rows_of, take
 from dsa_gym.masks import MaskSpace
 from dsa_gym.pathways import ActiveAdapters, AdapterShape
 
@@ -83,11 +83,10 @@ class AdaptedModel:
     @torch.inference_mode()
     def features(self, examples: Examples, *, context: bool, batch_size: int = 256) -> Tensor:
         """Frozen features (rows, F) of the bare backbone, see :meth:`Domain.features`."""
-        rows = len(next(iter(examples.values())))
         pieces = []
         with self.backbone.adapted(None) as model:
-            for start in range(0, rows, batch_size):
-                part = {name: value[start : start + batch_size] for name, value in examples.items()}
+            for rows in torch.arange(rows_of(examples)).split(batch_size):
+                part = take(examples, rows)
                 pieces.append(self.domain.features(model, part, context=context))
         return torch.cat(pieces)
 
@@ -104,12 +103,12 @@ class AdaptedModel:
         Returns:
             Shares of even and odd scored elements, (rows, M, 2).
         """
-        rows, count = len(next(iter(example.values()))), len(masks)
+        rows, count = rows_of(example), len(masks)
         row = torch.arange(rows * count) // count
         column = torch.arange(rows * count) % count
         pieces = [
             self.losses(
-                {name: value[row[start : start + batch_size]] for name, value in example.items()},
+                take(example, row[start : start + batch_size]),
                 phi,
                 masks[column[start : start + batch_size]],
                 parts=True,
