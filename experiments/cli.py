@@ -135,7 +135,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _personas(parsed: argparse.Namespace) -> None:
-    from dsa_gym.personas import PersonaConfig, write_personas
+    from dsa_gym.generators.personas import PersonaConfig, write_personas
 
     config = PersonaConfig(
         users=parsed.users,
@@ -152,7 +152,7 @@ def _personas(parsed: argparse.Namespace) -> None:
 
 def _pretrain_text(parsed: argparse.Namespace) -> None:
     from dsa_gym.config import read_config
-    from dsa_gym.pretrain import PretrainConfig, pretrain_text
+    from dsa_gym.pretrain.text import PretrainConfig, pretrain_text
 
     config = read_config(parsed.config, PretrainConfig) if parsed.config else PretrainConfig()
     given = {name: value for name in ("steps", "seed") if (value := getattr(parsed, name)) is not None}

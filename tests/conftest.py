@@ -26,8 +26,8 @@ import torch
 from dsa_gym.adaptation import AdaptationConfig
 from dsa_gym.data import read_texts
 from dsa_gym.experiments.cli import main
+from dsa_gym.generators.personas import PersonaConfig, write_personas
 from dsa_gym.library_training import LibraryTrainingConfig
-from dsa_gym.personas import PersonaConfig, write_personas
 from dsa_gym.population import SplitConfig
 from dsa_gym.prepare import AdapterConfig, PrepareConfig, prepare
 

@@ -18,7 +18,7 @@ from dsa_gym.model import AdaptedModel
 from dsa_gym.observations import fit_projection
 from dsa_gym.pathways import AdapterShape
 from dsa_gym.population import Population, SplitConfig, encode_population
-from dsa_gym.pretrain import train_tokenizer
+from dsa_gym.pretrain.text import train_tokenizer
 from dsa_gym.problem import GatingProblem
 
 WORDS = [

@@ -13,7 +13,7 @@ import yaml
 from dsa_gym.config import from_mapping, read_config
 from dsa_gym.library_training import LibraryTrainingConfig
 from dsa_gym.population import SplitConfig
-from dsa_gym.pretrain import PretrainConfig
+from dsa_gym.pretrain.text import PretrainConfig
 
 
 @dataclass(frozen=True)

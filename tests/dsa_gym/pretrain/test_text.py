@@ -21,10 +21,12 @@ import pytest
 import torch
 import zstandard
 
-from dsa_gym import pretrain, storage
+from dsa_gym import storage
 from dsa_gym.backbone import Backbone, load_tokenizer
 from dsa_gym.data import read_lines
-from dsa_gym.pretrain import PretrainConfig, pretrain_text, read_paragraphs
+from dsa_gym.pretrain import text as pretrain
+from dsa_gym.pretrain import text as pretrain
+from dsa_gym.pretrain.text import PretrainConfig, pretrain_text, read_paragraphs
 
 WORDS = [
     "the",
@@ -157,7 +159,8 @@ def test_a_run_that_failed_goes_on_bit_for_bit(
 SCRIPT = """
 import json, sys
 from pathlib import Path
-from dsa_gym.pretrain import PretrainConfig, pretrain_text
+from dsa_gym.pretrain import text as pretrain
+from dsa_gym.pretrain.text import PretrainConfig, pretrain_text
 corpus, out, settings = sys.argv[1:]
 pretrain_text([Path(corpus)], Path(out), PretrainConfig(**json.loads(settings)), checkpoint_every=5)
 """

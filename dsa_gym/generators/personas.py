@@ -39,7 +39,7 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from dsa_gym.spellings import SPELLINGS
+from dsa_gym.generators.spellings import SPELLINGS
 
 MIN_CHARACTERS = 60
 MAX_CHARACTERS = 250

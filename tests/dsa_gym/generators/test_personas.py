@@ -10,8 +10,8 @@ from itertools import combinations, pairwise
 import numpy as np
 import pytest
 
-from dsa_gym import personas
-from dsa_gym.personas import REGISTERS, TOPICS, PersonaConfig, PersonaText, generate_personas, write_personas
+from dsa_gym.generators import personas
+from dsa_gym.generators.personas import REGISTERS, TOPICS, PersonaConfig, PersonaText, generate_personas, write_personas
 
 SMALL = PersonaConfig(users=24, min_texts=60, max_texts=120, seed=5)
 

@@ -1,0 +1,1 @@
+"""Task metrics, from the libraries of the field."""
