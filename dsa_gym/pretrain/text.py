@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,18 +17,18 @@ import numpy as np
 import torch
 from tokenizers import ByteLevelBPETokenizer
 from torch import Tensor
-from tqdm import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from dsa_gym import storage
 from dsa_gym.data import read_lines
+from dsa_gym.pretrain.loop import Schedule, fit
 
 END_OF_TEXT = "<|endoftext|>"
 
 
 @dataclass(frozen=True)
-class PretrainConfig:
-    """What the backbone is and how it is trained.
+class PretrainConfig(Schedule):
+    """What the backbone is and how it is trained, see :class:`~dsa_gym.pretrain.loop.Schedule`.
 
     Attributes:
         vocabulary: Number of BPE tokens, the end-of-text token included.
@@ -37,12 +36,7 @@ class PretrainConfig:
         layers: Number of transformer blocks.
         heads: Attention heads per block.
         window: Tokens per training sequence; also the longest input of the model.
-        batch_size: Sequences per step.
-        steps: Optimiser steps.
-        learning_rate: Peak of the one-cycle cosine schedule (AdamW).
-        weight_decay: Decoupled weight decay of the matrices.
         held_out: Share of the corpus' paragraphs that perplexity is measured on.
-        seed: Seeds the initialisation, the order of the windows and the held-out choice.
     """
 
     vocabulary: int = 2048
@@ -50,12 +44,7 @@ class PretrainConfig:
     layers: int = 4
     heads: int = 4
     window: int = 64
-    batch_size: int = 64
-    steps: int = 4500
-    learning_rate: float = 3e-3
-    weight_decay: float = 0.05
     held_out: float = 0.01
-    seed: int = 0
 
     def __post_init__(self) -> None:
         """Check the ranges.
@@ -63,15 +52,14 @@ class PretrainConfig:
         Raises:
             ValueError: If a value is out of range; the message names it.
         """
-        for name in ("vocabulary", "width", "layers", "heads", "window", "batch_size", "steps"):
+        self.check_schedule()
+        for name in ("vocabulary", "width", "layers", "heads", "window"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: expected a positive integer")
         if not 257 <= self.vocabulary <= 1 << 16:
             raise ValueError(
                 f"vocabulary={self.vocabulary}: byte-level BPE needs 257 or more tokens, and ids are stored in 16 bits"
             )
-        if not 0 < self.learning_rate < float("inf"):
-            raise ValueError(f"learning_rate={self.learning_rate}: expected a positive number")
         if self.width % self.heads:
             raise ValueError(f"width={self.width}: expected a multiple of heads={self.heads}")
         if not 0 < self.held_out < 1:
@@ -185,25 +173,6 @@ def held_out_loss(model: GPT2LMHeadModel, stream: np.ndarray, length: int, batch
     return total / len(starts)
 
 
-def _optimizer(model: GPT2LMHeadModel, config: PretrainConfig) -> torch.optim.AdamW:
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    rest = [p for p in model.parameters() if p.ndim <= 1]
-    groups = [
-        {"params": matrices, "weight_decay": config.weight_decay},
-        {"params": rest, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.98))
-
-
-def _rate(step: int, config: PretrainConfig) -> float:
-    """Linear warm-up over the first 5 %, then a cosine to a twentieth of the peak."""
-    warm = max(1, config.steps // 20)
-    if step < warm:
-        return config.learning_rate * (step + 1) / warm
-    share = (step - warm) / max(1, config.steps - warm)
-    return config.learning_rate * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * share)))
-
-
 def _prepare_corpus(corpus: list[Path], out: Path, config: PretrainConfig) -> tuple[np.ndarray, np.ndarray]:
     """Tokenise the corpus once; a resumed run finds the streams in ``OUT/checkpoint``."""
     work = out / "checkpoint"
@@ -254,59 +223,18 @@ def pretrain_text(
         FloatingPointError: If the loss is not finite; the last checkpoint stays.
     """
     config = config or PretrainConfig()
-    if checkpoint_every < 1:
-        raise ValueError(f"checkpoint_every={checkpoint_every}: expected a positive number of steps")
     out = Path(out)
     train, held = _prepare_corpus(corpus, out, config)
     torch.manual_seed(config.seed)
     model = build_model(config)
-    optimizer = _optimizer(model, config)
-    step, seconds = 0, 0.0
-    state_file = out / "checkpoint" / "state.safetensors"
-    if state_file.exists():
-        step, seconds = _restore(state_file, model, optimizer)
-    began = time.monotonic() - seconds
-    bar = tqdm(total=config.steps, initial=step, desc="pretrain", unit="step")
-    while step < config.steps:
-        # the windows of a step depend on the step alone, so a resumed run sees what the unbroken one would
-        generator = np.random.default_rng((config.seed, step))
+
+    def loss(generator: np.random.Generator) -> Tensor:
         starts = generator.integers(0, len(train) - config.window - 1, config.batch_size)
-        for group in optimizer.param_groups:
-            group["lr"] = _rate(step, config)
-        loss = next_token_loss(model, windows(train, starts, config.window))
-        if not torch.isfinite(loss):
-            raise FloatingPointError(f"pre-training loss is {float(loss.detach())} at step {step}: lower learning_rate")
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        step += 1
-        bar.update()
-        if step % 50 == 0:
-            bar.set_postfix(loss=f"{float(loss.detach()):.3f}")
-        if step % checkpoint_every == 0 and step < config.steps:
-            _checkpoint(state_file, model, optimizer, step, time.monotonic() - began)
-    bar.close()
-    return _finish(model, out, held, config, time.monotonic() - began, len(train))
+        return next_token_loss(model, windows(train, starts, config.window))
 
-
-def _checkpoint(
-    path: Path, model: GPT2LMHeadModel, optimizer: torch.optim.Optimizer, step: int, seconds: float
-) -> None:
-    tensors = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
-    tensors |= storage.optimizer_tensors(optimizer)
-    tensors["step"] = torch.tensor(step)
-    tensors["seconds"] = torch.tensor(seconds)
-    storage.write_tensors(path, tensors)
-
-
-def _restore(path: Path, model: GPT2LMHeadModel, optimizer: torch.optim.Optimizer) -> tuple[int, float]:
-    tensors = storage.read_tensors(path)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(tensors[f"model.{name}"])
-    storage.load_optimizer_tensors(optimizer, tensors)
-    return int(tensors["step"]), float(tensors["seconds"])
+    state_file = out / "checkpoint" / "state.safetensors"
+    seconds = fit(model, loss, config, state_file, checkpoint_every=checkpoint_every)
+    return _finish(model, out, held, config, seconds, len(train))
 
 
 def _finish(

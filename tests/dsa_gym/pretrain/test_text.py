@@ -24,7 +24,7 @@ import zstandard
 from dsa_gym import storage
 from dsa_gym.backbone import Backbone, load_tokenizer
 from dsa_gym.data import read_lines
-from dsa_gym.pretrain import text as pretrain
+from dsa_gym.pretrain import loop
 from dsa_gym.pretrain import text as pretrain
 from dsa_gym.pretrain.text import PretrainConfig, pretrain_text, read_paragraphs
 
@@ -196,15 +196,15 @@ def test_a_run_that_was_killed_goes_on_bit_for_bit(corpus: Path, tmp_path: Path)
         class Stop(Exception):  # noqa: N818
             pass
 
-        original = pretrain._checkpoint
+        original = loop._checkpoint
 
-        def stopping(path: Path, model: object, optimizer: object, at: int, seconds: float) -> None:
-            original(path, model, optimizer, at, 0.0)  # type: ignore[arg-type]
-            if at >= last:
+        def stopping(path: Path, model: object, optimizer: object, state: loop._State) -> None:
+            original(path, model, optimizer, replace(state, seconds=0.0))  # type: ignore[arg-type]
+            if state.step >= last:
                 raise Stop
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(pretrain, "_checkpoint", stopping)
+            patch.setattr(loop, "_checkpoint", stopping)
             with pytest.raises(Stop):
                 pretrain_text([corpus], folder, config, checkpoint_every=5)
         return storage.read_tensors(folder / "checkpoint" / "state.safetensors")
