@@ -18,7 +18,11 @@ Examples = dict[str, Tensor]
 """Encoded examples: tensors whose first axis is the example."""
 
 
-DOMAINS: dict[str, str] = {"text": "dsa_gym.domains.text:TextDomain"}
+DOMAINS: dict[str, str] = {
+    "text": "dsa_gym.domains.text:TextDomain",
+    "recommendation": "dsa_gym.domains.recommendation:RecommendationDomain",
+    "image": "dsa_gym.domains.image:ImageDomain",
+}
 """Name to ``module:class``; imported when it is asked for."""
 
 

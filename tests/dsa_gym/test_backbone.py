@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 import transformers as hf
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from dsa_gym.backbone import KINDS, SHIPPED, Backbone, load_tokenizer
+from dsa_gym.backbone import KINDS, SHIPPED, Backbone, find_sites, load_tokenizer
 from dsa_gym.pathways import ActiveAdapters, AdapterShape
 
 LAYERS = 3
@@ -296,6 +298,263 @@ def test_load_in_half_precision(backbone_folder: Path) -> None:
     assert untouched.dtype == torch.bfloat16
     assert torch.equal(logits(backbone, ActiveAdapters(shape, phi, gates)), untouched)
     assert not torch.equal(logits(backbone, ActiveAdapters(shape, phi, gates + 1)), untouched)
+
+
+def test_the_longest_list_of_blocks_of_a_text_model_is_used() -> None:
+    """Other towers of a model that has a text configuration get no sites; of two equally long the first is used."""
+    sizes: dict[str, Any] = dict(
+        vocab_size=61, d_model=16, encoder_attention_heads=2, decoder_attention_heads=2, max_position_embeddings=32
+    )
+    for encoder, decoder, used in ((3, 2, "encoder"), (2, 3, "decoder"), (2, 2, "encoder")):
+        config = hf.BartConfig(
+            **sizes, encoder_layers=encoder, decoder_layers=decoder, encoder_ffn_dim=24, decoder_ffn_dim=24
+        )
+        sites = find_sites(hf.BartModel(config))
+        assert {site.module.split(".")[0] for site in sites} == {used}
+        assert [site.layer for site in sites] == [i // 2 for i in range(2 * max(encoder, decoder))]
+
+
+_TEXT = torch.randn(4, 5, 12, generator=torch.Generator().manual_seed(2))
+_SMALL = dict(num_attention_heads=2, attention_head_dim=8, num_layers=LAYERS, patch_size=2, sample_size=8)
+_STAGES = dict(
+    sample_size=8,
+    block_out_channels=(8, 16, 16),
+    layers_per_block=1,
+    transformer_layers_per_block=(1, 2, 1),
+    down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+    up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+    cross_attention_dim=12,
+    attention_head_dim=4,
+    norm_num_groups=4,
+)
+_BLOCKS = [(f"transformer_blocks.{layer}", 16) for layer in range(LAYERS)]
+
+# name -> (class, configuration, inputs beside images and timesteps, path and width of every block)
+DIFFUSION: dict[str, tuple[Any, dict[str, Any], dict[str, Any], list[tuple[str, int]]]] = {
+    "dit": (
+        diffusers.DiTTransformer2DModel,
+        dict(_SMALL, in_channels=4, num_embeds_ada_norm=5),
+        {"class_labels": torch.tensor([0, 3, 1, 4])},
+        _BLOCKS,
+    ),
+    "pixart": (
+        diffusers.PixArtTransformer2DModel,
+        dict(_SMALL, in_channels=4, cross_attention_dim=16, caption_channels=12, use_additional_conditions=False),
+        {"encoder_hidden_states": _TEXT, "added_cond_kwargs": {"resolution": None, "aspect_ratio": None}},
+        _BLOCKS,
+    ),
+    "unet": (
+        diffusers.UNet2DConditionModel,
+        _STAGES,
+        {"encoder_hidden_states": _TEXT},
+        [
+            ("down_blocks.0.attentions.0.transformer_blocks.0", 8),
+            ("down_blocks.1.attentions.0.transformer_blocks.0", 16),
+            ("down_blocks.1.attentions.0.transformer_blocks.1", 16),
+            ("mid_block.attentions.0.transformer_blocks.0", 16),
+            *((f"up_blocks.1.attentions.{i}.transformer_blocks.{j}", 16) for i in range(2) for j in range(2)),
+            *((f"up_blocks.2.attentions.{i}.transformer_blocks.0", 8) for i in range(2)),
+        ],
+    ),
+}
+
+
+def build_diffusion(name: str) -> nn.Module:
+    """A small random model of diffusers."""
+    kind, config, _, _ = DIFFUSION[name]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model: nn.Module = kind(**config)
+        return model.eval()
+
+
+@pytest.fixture(scope="module", params=DIFFUSION)
+def diffusion(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """A name of :data:`DIFFUSION` and a folder with its weights."""
+    folder = tmp_path_factory.mktemp(request.param)
+    build_diffusion(request.param).save_pretrained(folder)  # type: ignore[operator]
+    return request.param, folder
+
+
+@torch.no_grad()
+def denoise(model: nn.Module, name: str, rows: slice = slice(None)) -> Tensor:
+    """Output of a diffusion model for some of four images."""
+    images = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(1))[rows]
+    inputs = {
+        key: value[rows] if isinstance(value, Tensor) else dict(value) for key, value in DIFFUSION[name][2].items()
+    }
+    output: Tensor = model(images, timestep=torch.tensor([3, 30, 300, 900])[rows], **inputs, return_dict=False)[0]
+    return output
+
+
+def adapted(backbone: Backbone, name: str, adapters: ActiveAdapters | None, rows: slice = slice(None)) -> Tensor:
+    with backbone.adapted(adapters) as model:
+        return denoise(model, name, rows)
+
+
+def test_sites_of_diffusion_models_are_in_order_of_execution(diffusion: tuple[str, Path]) -> None:
+    name, folder = diffusion
+    backbone = Backbone.load(folder)
+    assert [(site.module, site.layer, site.kind, site.width) for site in backbone.sites] == [
+        (f"{path}.{module}", layer, kind, width)
+        for layer, (path, width) in enumerate(DIFFUSION[name][3])
+        for kind, module in zip(KINDS, ("attn1", "ff"), strict=True)
+    ]
+    executed: list[tuple[str, int]] = []
+    for site in backbone.sites:
+        backbone.model.get_submodule(site.module).register_forward_hook(
+            lambda _m, _i, output, path=site.module: executed.append((path, output.shape[-1]))
+        )
+    adapted(backbone, name, None)
+    assert executed == [(site.module, site.width) for site in backbone.sites]
+
+
+def test_adapters_that_are_off_change_no_bit_of_diffusion_models(diffusion: tuple[str, Path]) -> None:
+    name, folder = diffusion
+    untouched = denoise(build_diffusion(name), name)
+    backbone = Backbone.load(folder)
+    shape = AdapterShape(backbone.sites, rank=16, pathways=2)
+    phi = random_phi(shape, 2)
+    closed = phi.clone()
+    closed[:, shape.half :] = 0.0
+    gates = torch.zeros(4, len(shape.sites), 16)
+    assert torch.equal(adapted(backbone, name, None), untouched)
+    assert torch.equal(adapted(backbone, name, ActiveAdapters(shape, closed)), untouched)
+    assert torch.equal(adapted(backbone, name, ActiveAdapters(shape, phi, gates)), untouched)
+    for index in range(len(shape.sites)):
+        # every site reaches the output, in the row whose gate is on and in no other
+        gates.zero_()[2, index] = 1.0
+        changed = adapted(backbone, name, ActiveAdapters(shape, phi, gates)) != untouched
+        assert changed.flatten(1).any(1).tolist() == [False, False, True, False]
+
+
+def test_two_users_of_a_diffusion_model_in_one_batch(diffusion: tuple[str, Path]) -> None:
+    name, folder = diffusion
+    backbone = Backbone.load(folder)
+    shape = AdapterShape(backbone.sites, rank=4, pathways=2)
+    phi = random_phi(shape, 2)
+    together = adapted(backbone, name, ActiveAdapters(shape, phi))
+    alone = [
+        adapted(backbone, name, ActiveAdapters(shape, phi[[user]]), slice(2 * user, 2 * user + 2)) for user in (0, 1)
+    ]
+    torch.testing.assert_close(together, torch.cat(alone))
+    assert not torch.allclose(together[2:], adapted(backbone, name, ActiveAdapters(shape, phi[[0]]))[2:])
+
+
+@pytest.mark.parametrize("name", DIFFUSION)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_diffusion_model_adds_the_gated_adapter_to_the_residual(name: str, kind: str) -> None:
+    """What the first block hands on changes by the adaptive gate times what the adapter adds to its last sublayer."""
+    backbone = Backbone(build_diffusion(name), layers=[0], kinds=[kind])
+    shape = AdapterShape(backbone.sites, rank=4, pathways=2)
+    phi = random_phi(shape, 1)
+    block: Any = backbone.model.get_submodule(DIFFUSION[name][3][0][0])
+    seen: dict[str, Any] = {}
+    # hooks run in the order of registration: this one sees what the adapter returned
+    (block.attn1 if kind == "attention" else block.ff).register_forward_hook(
+        lambda _m, _i, output: seen.__setitem__("output", output)
+    )
+    # the residual stream after the sublayer: what the next one reads, or what the block returns
+    following = {"dit": "norm3", "pixart": "attn2", "unet": "norm2"}[name]
+    after = block.get_submodule(following) if kind == "attention" else block
+    if after is block:
+        block.register_forward_hook(lambda _m, _i, output: seen.__setitem__("stream", output))
+    else:
+        after.register_forward_pre_hook(lambda _m, inputs: seen.__setitem__("stream", inputs[0]))
+    part = {"attention": 2, "feed_forward": 5}[kind]  # of shift, scale, gate before attention and before feed-forward
+    if name == "dit":
+        block.norm1.linear.register_forward_hook(
+            lambda _m, _i, output: seen.__setitem__("gate", output.chunk(6, dim=1)[part][:, None])
+        )
+    elif name == "pixart":
+        block.register_forward_pre_hook(
+            lambda _m, _i, keywords: seen.__setitem__(
+                "gate", (block.scale_shift_table + keywords["timestep"].view(4, 6, -1))[:, part, None]
+            ),
+            with_kwargs=True,
+        )
+    adapted(backbone, name, None)
+    plain = dict(seen)
+    adapted(backbone, name, ActiveAdapters(shape, phi))
+    up, down = (matrix[0] for matrix in shape.matrices(phi, 0))
+    change = torch.relu(plain["output"] @ up) @ down
+    torch.testing.assert_close(seen["output"], plain["output"] + change)
+    torch.testing.assert_close(seen["stream"] - plain["stream"], seen.get("gate", 1.0) * change, rtol=1e-4, atol=1e-5)
+
+
+def test_blocks_of_a_diffusion_model_are_chosen_over_all_lists() -> None:
+    backbone = Backbone(build_diffusion("unet"), layers=[-1, 2], kinds=["attention"])
+    assert [(site.module, site.layer) for site in backbone.sites] == [
+        ("down_blocks.1.attentions.0.transformer_blocks.1.attn1", 2),
+        ("up_blocks.2.attentions.1.transformer_blocks.0.attn1", 9),
+    ]
+    with pytest.raises(ValueError, match="layers: 10 is out of range, the model has 10 blocks"):
+        Backbone(build_diffusion("unet"), layers=[10])
+    cross = find_sites(build_diffusion("unet"), site_names=("attn2", "ff"))
+    assert [site.width for site in cross[::2]] == [width for _, width in DIFFUSION["unet"][3]]
+    with pytest.raises(ValueError, match=r"norm1: the width of LayerNorm is not known"):
+        find_sites(build_diffusion("pixart"), site_names=("norm1", "ff"))
+
+
+def test_load_a_diffusion_model(diffusion: tuple[str, Path], caplog: pytest.LogCaptureFixture) -> None:
+    name, folder = diffusion
+    backbone = Backbone.load(folder, dtype=torch.bfloat16)
+    assert type(backbone.model) is DIFFUSION[name][0]
+    assert {p.dtype for p in backbone.model.parameters()} == {torch.bfloat16}
+    assert backbone.config.sample_size == 8
+    assert not caplog.records  # diffusers would log that accelerate is not installed
+
+
+@pytest.fixture
+def dit_folder(tmp_path: Path) -> Path:
+    """A folder with a DiT, to be damaged."""
+    build_diffusion("dit").save_pretrained(tmp_path / "dit")  # type: ignore[operator]
+    return tmp_path / "dit"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"_class_name": "NoSuchModel"}, "has no model 'NoSuchModel'"),
+        ({"_class_name": "DDPMScheduler"}, "has no model 'DDPMScheduler'"),
+        ({"_class_name": ["DiT"]}, r"has no model \['DiT'\]"),
+        ({"num_layers": LAYERS + 1}, r"19 tensors of DiTTransformer2DModel are missing.*'transformer_blocks\.3\."),
+        ({"attention_head_dim": 4}, r"weights cannot be loaded .*DiTTransformer2DModel"),
+        ({"num_layers": "three"}, "weights cannot be loaded"),
+        ({"patch_size": 0}, "weights cannot be loaded"),
+        ({"activation_fn": "nothing"}, "weights cannot be loaded"),
+        ({"norm_type": "nothing"}, "weights cannot be loaded"),
+    ],
+)
+def test_damaged_configuration_of_a_diffusion_model(dit_folder: Path, change: dict[str, Any], message: str) -> None:
+    config = json.loads((dit_folder / "config.json").read_text())
+    (dit_folder / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(ValueError, match=f"backbone=.*dit'.*{message}"):
+        Backbone.load(dit_folder, dtype=torch.bfloat16)
+    assert torch.get_default_dtype() == torch.float32
+
+
+@pytest.mark.parametrize("damage", ["missing", "pickle", "truncated", "nan"])
+def test_damaged_weights_of_a_diffusion_model(dit_folder: Path, damage: str) -> None:
+    weights = dit_folder / "diffusion_pytorch_model.safetensors"
+    if damage == "truncated":
+        weights.write_bytes(weights.read_bytes()[:3000])
+    elif damage == "nan":
+        save_file(load_file(weights) | {"proj_out_1.bias": torch.full((32,), float("nan"))}, weights)
+    else:
+        tensors = load_file(weights)
+        weights.unlink()
+        if damage == "pickle":
+            torch.save(tensors, dit_folder / "diffusion_pytorch_model.bin")
+    expected = "weights are not finite, first in 'proj_out_1.bias'" if damage == "nan" else "weights cannot be loaded"
+    with pytest.raises(ValueError, match=expected):
+        Backbone.load(dit_folder)
+
+
+def test_a_diffusion_model_without_diffusers(dit_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    with pytest.raises(ValueError, match=r'pip install "dsa-gym\[image\]"'):
+        Backbone.load(dit_folder)
 
 
 def copy_of(folder: Path, target: Path) -> Path:

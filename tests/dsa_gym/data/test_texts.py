@@ -22,8 +22,7 @@ import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dsa_gym import data
-from dsa_gym.data import DataError, UserTexts, read_texts, split_users
+from dsa_gym.data import DataError, Scrubber, UserTexts, read_texts, streams, tables, twitter
 
 Row = dict[str, Any]
 
@@ -143,7 +142,7 @@ def test_parquet_types(tmp_path: Path) -> None:
 
 
 def test_parquet_in_many_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data, "_PARQUET_BATCH", 3)
+    monkeypatch.setattr(tables, "_PARQUET_BATCH", 3)
     rows = [{"user": "a", "text": str(number)} for number in range(10)] + [{"user": "b", "text": None}]
     path = save(tmp_path, "a.parquet", rows)
     with pytest.raises(DataError, match=r"a\.parquet, row 11: 'text' must be a string, got null"):
@@ -444,10 +443,10 @@ def test_the_field_limit_of_csv_is_left_as_it_was(tmp_path: Path) -> None:
 
 
 def test_endless_lines_and_fields(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data, "_LONGEST_FIELD", 1000)
+    monkeypatch.setattr(tables, "_LONGEST_FIELD", 1000)
     with pytest.raises(DataError, match=r"a\.csv, line \d+: field larger than field limit \(1000\)"):
         read_texts([save(tmp_path, "a.csv", 'user,text\na,"x\n' + "b,y\n" * 1000)])
-    monkeypatch.setattr(data, "_LONGEST_LINE", 1 << 20)
+    monkeypatch.setattr(streams, "_LONGEST_LINE", 1 << 20)
     with pytest.raises(DataError, match=r"a\.jsonl, line 2 is longer than 1 MiB: is it one row per line\?"):
         read_texts([save(tmp_path, "a.jsonl", GOOD + "[" + GOOD.strip() * 50_000 + "]")])
 
@@ -535,65 +534,254 @@ def test_data_errors_are_value_errors() -> None:
     assert issubclass(DataError, ValueError)
 
 
-# Splits
+# Reddit
 
 
-USERS = [f"user {number}" for number in range(100)]
+def comment(author: str | None, body: str, at: Any = 0, **other: Any) -> Row:
+    return {"author": author, "body": body, "created_utc": at, "subreddit": "aww", "score": 1, **other}
 
 
-def test_split_counts() -> None:
-    split = split_users(USERS, validation=0.1, test=0.24, seed=0)
-    assert {name: len(part) for name, part in split.items()} == {"train": 66, "validation": 10, "test": 24}
-    assert list(split) == ["train", "validation", "test"]
+REDDIT = [
+    comment("ann", "second &gt; &amp;amp;", 20),
+    comment("ann", "first", "10"),
+    comment("[deleted]", "still there", 1),
+    comment("ann", "[removed]", 1),
+    comment("bob", "[deleted]", 1),
+    comment(None, "nobody's", 1),
+    comment("AutoModerator", "I am a bot", 1),
+    {"author": "bob", "title": "A title", "selftext": "and text", "created_utc": 5},
+    {"author": "bob", "title": "A link", "selftext": "", "created_utc": 4},
+    {"author": "bob", "title": "Removed", "selftext": "[removed]", "created_utc": 3},
+]
+READ_FROM_REDDIT = {"ann": ("first", "second > &amp;"), "bob": ("A link", "A title\n\nand text")}
 
 
-@settings(max_examples=50, deadline=None)
-@given(
-    users=st.sets(st.text(), min_size=3, max_size=40),
-    shares=st.tuples(st.floats(0, 0.25), st.floats(0, 0.25)),  # larger ones can leave nobody of a few users
-    seed=st.integers(0, 10**6),
-)
-def test_splits_are_partitions_and_independent_of_order(
-    users: set[str], shares: tuple[float, float], seed: int
-) -> None:
-    validation, test = shares
-    ordered = sorted(users)
-    split = split_users(ordered, validation=validation, test=test, seed=seed)
-    assert sorted(user for part in split.values() for user in part) == ordered
-    assert all(part == sorted(part) for part in split.values())
-    assert split["train"]
-    assert bool(split["validation"]) == (validation > 0)
-    assert bool(split["test"]) == (test > 0)
-    assert split == split_users(ordered[::-1], validation=validation, test=test, seed=seed)
+@pytest.mark.parametrize("name", ["RC_2019-04", "a.jsonl", "a.json"])
+@pytest.mark.parametrize("compression", COMPRESS)
+def test_reddit(tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, compression: str) -> None:
+    path = save(tmp_path, name + compression, COMPRESS[compression](encode(REDDIT, "jsonl")))
+    assert texts(path, source="reddit") == READ_FROM_REDDIT
+    assert sorted(caplog.messages) == [
+        f"{path}: skipped 1 of 10 rows, they are by AutoModerator",
+        f"{path}: skipped 5 of 10 rows, they are deleted or removed",
+    ]
 
 
-def test_splits_stay_what_they_are() -> None:
-    """Results on a split must be comparable with those of an earlier version."""
-    split = split_users(list("abcdefghij"), validation=0.2, test=0.3, seed=1)
-    assert split == {"train": list("bcefh"), "validation": list("aj"), "test": list("dgi")}
+def test_reddit_with_the_long_window_of_its_dumps(tmp_path: Path) -> None:
+    """A frame whose header asks for a window of 2 GiB, with one raw block of text."""
+    content = encode(REDDIT, "jsonl")
+    window = (31 - 10) << 3
+    block = (len(content) << 3 | 1).to_bytes(3, "little")
+    frame = b"\x28\xb5\x2f\xfd" + bytes([0, window]) + block + content
+    assert texts(save(tmp_path, "RC.zst", frame), source="reddit") == READ_FROM_REDDIT
+    with pytest.raises(
+        DataError, match=r"cannot read .*RC\.zst, it may be truncated or damaged: it ends in the middle"
+    ):
+        texts(save(tmp_path, "RC.zst", frame[:-1]), source="reddit")
 
 
-def test_seeds_give_different_splits() -> None:
-    tests = {tuple(split_users(USERS, validation=0, test=0.24, seed=seed)["test"]) for seed in range(10)}
-    assert len(tests) == 10
+def test_reddit_truncated_between_lines(tmp_path: Path) -> None:
+    """Whole frames and half of another: what came before is no reason to take the file as complete."""
+    rows = [comment("ann", str(number)) for number in range(5000)]
+    whole = zstandard.compress(encode(rows[:2500], "jsonl"))
+    half = zstandard.compress(encode(rows[2500:], "jsonl"))
+    assert len(texts(save(tmp_path, "RC.zst", whole + half), source="reddit")["ann"]) == 5000
+    for cut in (1, len(half) // 2, len(half) - 1):
+        with pytest.raises(DataError, match=r"cannot read .*RC\.zst, it may be truncated or damaged"):
+            texts(save(tmp_path, "RC.zst", whole + half[:cut]), source="reddit")
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("row", "message"),
     [
-        ({"validation": -0.1}, r"validation must be a share in \[0, 1\), got -0\.1"),
-        ({"test": 1.0}, r"test must be a share in \[0, 1\), got 1\.0"),
-        ({"test": float("nan")}, r"test must be a share in \[0, 1\), got nan"),
-        (
-            {"test": 0.6, "validation": 0.4},
-            "100 users are too few: test=0.6 takes 60, validation=0.4 takes 40",
-        ),
-        ({"users": ["a", "b"], "test": 0.1, "validation": 0.1}, "2 users are too few: test=0.1 takes 1"),
-        ({"users": []}, "0 users are too few"),
-        ({"users": ["a", "b", "a"]}, "users must be distinct, 'a' is repeated"),
+        ({"user": "a", "text": "x"}, r"expected a comment \(author, body, .*, it has 'user', 'text'"),
+        ({"author": "a", "body": "x"}, "expected a comment .*, it has 'author', 'body'"),
+        ({"author": "a", "created_utc": 1}, "expected a comment"),
+        (comment("a", "x", "yesterday"), "'created_utc' must be a number or an ISO 8601 time, got 'yesterday'"),
+        ({"author": "a", "body": 3, "created_utc": 1}, "'body' must be a string, got int"),
+        ({"author": "a", "title": "x", "selftext": 3, "created_utc": 1}, "'selftext' must be a string, got int"),
+        ({"author": 1.5, "body": "x", "created_utc": 1}, "'author' must be a string, got float"),
     ],
 )
-def test_splits_that_cannot_be(arguments: dict[str, Any], message: str) -> None:
-    defaults: dict[str, Any] = {"users": USERS, "validation": 0.0, "test": 0.0, "seed": 0}
+def test_what_is_not_from_reddit(tmp_path: Path, row: Row, message: str) -> None:
+    path = save(tmp_path, "RC.jsonl", [comment("a", "x"), row])
+    with pytest.raises(DataError, match=rf"RC\.jsonl, line 2: {message}"):
+        texts(path, source="reddit")
+
+
+def test_nothing_left_from_reddit(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no text in .*RC\.jsonl: every text is empty or was left out"):
+        texts(save(tmp_path, "RC.jsonl", [comment("[deleted]", "x")]), source="reddit")
+    with pytest.raises(DataError, match=r"RC\.jsonl is empty"):
+        texts(save(tmp_path, "RC.jsonl", ""), source="reddit")
+
+
+# Twitter
+
+
+TIMES = ["Wed Oct 10 20:19:24 +0000 2018", "Tue Jan 02 03:04:05 +0000 2018", "Wed Oct 10 20:19:24 +0200 2018"]
+
+
+def archive(tweets: Any, variable: str = "tweets", part: int = 0) -> str:
+    return f"window.YTD.{variable}.part{part} = {json.dumps(tweets, indent=2)}"
+
+
+def tweets_in_archive(*said: str) -> list[Row]:
+    return [
+        {"tweet": {"full_text": text, "created_at": time, "id_str": "1"}}
+        for text, time in zip(said, TIMES, strict=False)
+    ]
+
+
+ACCOUNT = {"email": "a@b.co", "username": "ann", "accountId": "123", "accountDisplayName": "Ann A."}
+
+
+def test_archive_of_a_twitter_account(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    save(tmp_path, "account.js", archive([{"account": ACCOUNT}], "account"))
+    path = save(tmp_path, "tweets.js", archive(tweets_in_archive("third &lt;3", "first", "second")))
+    assert texts(path, source="twitter") == {"ann": ("first", "second", "third <3")}
+    more = save(tmp_path, "tweets-part1.js", archive(tweets_in_archive("RT @bob: x", "zero"), part=1) + ";\n")
+    assert texts([path, more], source="twitter") == {"ann": ("first", "zero", "second", "third <3")}
+    assert caplog.messages == [f"{more}: skipped 1 of 2 rows, they are retweets"]
+
+
+@pytest.mark.parametrize(("missing", "user"), [("username", "123"), ("accountId", "ann")])
+def test_what_an_account_is_called(tmp_path: Path, missing: str, user: str) -> None:
+    account = {name: value for name, value in ACCOUNT.items() if name != missing}
+    save(tmp_path, "account.js", archive([{"account": account}], "account"))
+    path = save(tmp_path, "tweet.js", archive([entry["tweet"] for entry in tweets_in_archive("x")], "tweet"))
+    assert texts(path, source="twitter") == {user: ("x",)}
+
+
+@pytest.mark.parametrize("folder", ["ann", "ann/data"])
+def test_archive_without_an_account_is_called_after_its_folder(tmp_path: Path, folder: str) -> None:
+    (tmp_path / folder).mkdir(parents=True)
+    path = save(tmp_path / folder, "tweets.js", archive(tweets_in_archive("x")))
+    assert texts(path, source="twitter") == {"ann": ("x",)}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[]", r"is not a file of a Twitter archive: expected it to begin with window\.YTD\.tweets\.part0 =.*'\[\]'"),
+        (archive([], "like"), "is not a file of a Twitter archive"),
+        (archive([]), "is empty: it has no rows"),
+        (archive([])[:-1], r", line 1: not JSON at column \d+"),
+        ("window.YTD.tweets.part0 = \n[{]", ", line 2: not JSON at column 3"),
+        ("window.YTD.tweets.part0 = " + "[" * 100_000, ": not usable JSON"),
+        (archive({"a": 1}), r": expected one array behind window\.YTD\.tweets"),
+        (archive([]) + "[]", ": expected one array"),
+        (archive([3]), ", tweet 1: expected an object with full_text and created_at"),
+        (archive([{"tweet": {"full_text": "x"}}]), ", tweet 1: expected an object with full_text and created_at"),
+        (archive([{"full_text": 3, "created_at": TIMES[0]}]), ", tweet 1: 'full_text' must be a string, got int"),
+        (archive([{"full_text": "x", "created_at": "now"}]), ", tweet 1: 'created_at' must be a number or an ISO"),
+        ("", "is not a file of a Twitter archive"),
+    ],
+)
+def test_what_is_not_an_archive(tmp_path: Path, content: str, message: str) -> None:
+    with pytest.raises(DataError, match=rf"tweets\.js ?{message}"):
+        texts(save(tmp_path, "tweets.js", content), source="twitter")
+
+
+def test_archive_without_a_usable_account(tmp_path: Path) -> None:
+    path = save(tmp_path, "tweets.js", archive(tweets_in_archive("x")))
+    save(tmp_path, "account.js", archive([{"account": {"email": "a@b.co"}}], "account"))
+    with pytest.raises(DataError, match=r"account\.js: expected an account with username, accountId or"):
+        texts(path, source="twitter")
+
+
+def test_archives_too_large_or_not_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = save(tmp_path, "tweets.js", archive(tweets_in_archive("x")).encode() + b"\xff")
+    with pytest.raises(DataError, match=r"tweets\.js, byte \d+: not UTF-8"):
+        texts(path, source="twitter")
+    monkeypatch.setattr(twitter, "_LARGEST_ARCHIVE", 64)
+    with pytest.raises(DataError, match=r"tweets\.js is larger than .* MiB, too much to be read as a whole"):
+        texts(path, source="twitter")
+
+
+V1 = [
+    {"user": {"screen_name": "ann", "id_str": "1"}, "text": "cut…", "full_text": "late", "created_at": TIMES[0]},
+    {"user": {"id_str": "2"}, "text": "bob's", "created_at": TIMES[0]},
+    {"user": {"screen_name": "ann"}, "text": "early", "created_at": TIMES[1]},
+    {"user": {"screen_name": "ann"}, "text": "RT @bob: bob's", "created_at": TIMES[1]},
+    {
+        "user": {"screen_name": "ann"},
+        "text": "cut…",
+        "extended_tweet": {"full_text": "in between"},
+        "created_at": TIMES[2],
+    },
+]
+V2 = [
+    {"author_id": "7", "text": "late", "created_at": "2021-03-20T10:00:00.000Z"},
+    {"author_id": "7", "text": "early", "created_at": "2020-03-20T10:00:00.000Z"},
+]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json.gz", "a"])
+def test_tweets_of_the_api(tmp_path: Path, name: str) -> None:
+    compress = COMPRESS[".gz"] if name.endswith(".gz") else bytes
+    path = save(tmp_path, name, compress(encode(V1, "jsonl")))
+    assert texts(path, source="twitter") == {"2": ("bob's",), "ann": ("early", "in between", "late")}
+    path = save(tmp_path, name, compress(encode(V2, "jsonl")))
+    assert texts(path, source="twitter") == {"7": ("early", "late")}
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv", "parquet", "csv.gz"])
+@pytest.mark.parametrize(
+    ("user", "text", "time"),
+    [("author", "full_text", "created_at"), ("screen_name", "tweet", "timestamp"), ("Username", "Content", "Date")],
+)
+def test_tables_of_tweets(tmp_path: Path, kind: str, user: str, text: str, time: str) -> None:
+    rows = [
+        {user: "ann", text: "late", time: "2020-01-02", "likes": "1"},
+        {user: "ann", text: "early", time: "2020-01-01 10:00:00+00:00", "likes": "1"},
+        {user: "ann", text: "RT @bob: x", time: "2020-01-01", "likes": "1"},
+    ]
+    assert texts(save(tmp_path, f"a.{kind}", rows), source="twitter") == {"ann": ("early", "late")}
+
+
+def test_tables_of_tweets_without_a_time_keep_their_order(tmp_path: Path) -> None:
+    assert texts(save(tmp_path, "a.csv", "user,tweet\na,y\na,x\n"), source="twitter") == {"a": ("y", "x")}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", "name,tweet\na,x\n", r"a\.csv: expected a column author or .*; it has 'name', 'tweet'"),
+        ("a.csv", "user,body\na,x\n", r"a\.csv: expected .* a column full_text or .*; it has 'user', 'body'"),
+        ("a.jsonl", GOOD, r"a\.jsonl, line 1: expected a tweet as the API gives it: .*; it has 'user', 'text'"),
+        ("a.jsonl", '{"author_id": "1"}', r"a\.jsonl, line 1: expected a tweet"),
+        ("a.jsonl", archive([]), r"a\.jsonl, line 1: not JSON at column 1"),
+        ("a.jsonl", "", r"a\.jsonl is empty"),
+    ],
+)
+def test_what_is_not_from_twitter(tmp_path: Path, name: str, content: str, message: str) -> None:
     with pytest.raises(DataError, match=message):
-        split_users(**(defaults | arguments))
+        texts(save(tmp_path, name, content), source="twitter")
+
+
+# Sources and scrubbing
+
+
+def test_sources_are_registered_and_columns_are_of_tables(tmp_path: Path) -> None:
+    path = save(tmp_path, "a.jsonl", ROWS)
+    with pytest.raises(DataError, match=r"source='facebook': expected one of table, reddit, twitter"):
+        texts(path, source="facebook")
+    with pytest.raises(DataError, match=r"source='reddit' has columns of its own: leave out user_column='author'"):
+        texts(path, source="reddit", user_column="author")
+
+
+@pytest.mark.parametrize("source", ["table", "reddit", "twitter"])
+def test_texts_and_users_are_scrubbed_while_they_are_read(tmp_path: Path, source: str) -> None:
+    rows = {
+        "table": [{"user": "ann", "text": text, "time": -n} for n, text in enumerate(["call @bob", "a@b.co"])],
+        "reddit": [comment("ann", text, -n) for n, text in enumerate(["call @bob", "a@b.co"])],
+        "twitter": [
+            {"author_id": "ann", "text": text, "created_at": time}
+            for text, time in zip(["call @bob", "a@b.co"], TIMES, strict=False)
+        ],
+    }[source]
+    scrub = Scrubber("a salt of some length")
+    path = save(tmp_path, "a.jsonl", rows)
+    assert texts(path, source=source, scrub=scrub) == {scrub.anonymise("ann"): ("[EMAIL]", "call [USER]")}
+    assert +scrub.counts == {"EMAIL": 1, "USER": 1}
