@@ -31,7 +31,7 @@ from transformers import (
 from dsa_gym.pathways import ActiveAdapters, Site
 
 ASSETS = Path(__file__).parent / "assets"
-SHIPPED = {"dsa-text": ASSETS / "backbone-text"}
+SHIPPED = {f"dsa-{name}": ASSETS / f"backbone-{name}" for name in ("text", "recommendation", "image")}
 KINDS = ("attention", "feed_forward")
 
 # (attention, feed-forward) modules of a block whose output is what the residual stream is about to receive. The first

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from dsa_gym import storage
 from dsa_gym.backbone import ASSETS, Backbone
-from dsa_gym.domains import Examples, make_domain
+from dsa_gym.domains import Examples, domain_class, make_domain
 from dsa_gym.gating import GateConfig, GatingNetwork
 from dsa_gym.masks import MaskSpace
 from dsa_gym.model import AdaptedModel
@@ -36,7 +36,7 @@ from dsa_gym.population import SPLITS
 from dsa_gym.user_store import UserStore
 
 FORMAT = 1
-DEFAULTS = {"text": ASSETS / "bundle-text"}
+DEFAULTS = {name: ASSETS / f"bundle-{name}" for name in ("text", "recommendation", "image")}
 
 
 _ENTRIES = ("domain", "backbone", "adapter", "granularity", "gate", "users", "groups", "config", "data", "files")
@@ -112,6 +112,11 @@ class Bundle:
     def domain(self) -> str:
         """Name of the domain."""
         return str(self.manifest["domain"]["name"])
+
+    @property
+    def l0_penalty(self) -> float:
+        """Default price of one active parameter, in the unit of the loss."""
+        return domain_class(self.domain).l0_penalty
 
     @property
     def users(self) -> list[str]:

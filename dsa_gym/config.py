@@ -21,6 +21,15 @@ def read_config(path: Path, kind: type[T]) -> T:
     Raises:
         ValueError: If the file is missing or no YAML mapping, or holds a key or value that ``kind`` does not take.
     """
+    return from_mapping(kind, read_mapping(path), where=str(path))
+
+
+def read_mapping(path: Path) -> Mapping[str, Any]:
+    """Read a YAML file as a mapping of settings.
+
+    Raises:
+        ValueError: If the file is missing or no YAML mapping.
+    """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"config={str(path)!r}: no such file")
@@ -32,7 +41,16 @@ def read_config(path: Path, kind: type[T]) -> T:
         values = {}
     if not isinstance(values, Mapping):
         raise ValueError(f"{path}: expected a mapping of settings, got {type(values).__name__}")
-    return from_mapping(kind, values, where=str(path))
+    return values
+
+
+def merge(defaults: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings ``values`` over ``defaults``, nested mappings merged key by key."""
+    merged = dict(defaults)
+    for name, value in values.items():
+        below = merged.get(name)
+        merged[name] = merge(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
+    return merged
 
 
 def from_mapping(kind: type[T], values: Mapping[str, Any], *, where: str = "config") -> T:

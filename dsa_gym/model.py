@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -41,7 +43,7 @@ class AdaptedModel:
         training: bool = False,
         parts: bool = False,
     ) -> Tensor:
-        """Loss of each example in nats.
+        """Loss of each example, in the domain's unit.
 
         Args:
             examples: Rows grouped by user, equally many for each user.
@@ -57,16 +59,38 @@ class AdaptedModel:
         Raises:
             ValueError: If ``phi`` or ``mask`` do not fit the rows or the geometry.
         """
-        adapters = None
-        if phi is not None:
-            self._check(rows_of(examples), phi, mask, len(phi) if users is None else len(users))
-            if mask is not None and mask.ndim == 2:
-                own = phi if users is None else phi[users]
-                rows = mask.shape[0] // own.shape[0]
-                phi, users, mask = (own.repeat_interleave(rows, 0) if rows > 1 else own) * mask, None, None
-            adapters = ActiveAdapters(self.shape, phi, mask, users, training)
-        with self.backbone.adapted(adapters) as model:
+        with self.backbone.adapted(self._adapters(examples, phi, mask, users, training)) as model:
             return self.domain.losses(model, examples, parts=parts)
+
+    @torch.no_grad()
+    def metric(
+        self, name: str, examples: Examples, phi: Tensor | None, mask: Tensor | None = None, users: Tensor | None = None
+    ) -> Tensor:
+        """Task metric of each example (rows,), see :meth:`Domain.metric`; the other arguments are those of losses."""
+        with self.backbone.adapted(self._adapters(examples, phi, mask, users)) as model:
+            return self.domain.metric(model, name, examples)
+
+    def outcome(self, examples: Examples, phi: Tensor | None, mask: Tensor | None = None) -> dict[str, Any]:
+        """What the adapted model makes of one example, see :meth:`Domain.outcome`."""
+        with self.backbone.adapted(self._adapters(examples, phi, mask, None)) as model:
+            return self.domain.outcome(model, examples)
+
+    def _adapters(
+        self,
+        examples: Examples,
+        phi: Tensor | None,
+        mask: Tensor | None,
+        users: Tensor | None,
+        training: bool = False,
+    ) -> ActiveAdapters | None:
+        if phi is None:
+            return None
+        self._check(rows_of(examples), phi, mask, len(phi) if users is None else len(users))
+        if mask is not None and mask.ndim == 2:
+            own = phi if users is None else phi[users]
+            rows = mask.shape[0] // own.shape[0]
+            phi, users, mask = (own.repeat_interleave(rows, 0) if rows > 1 else own) * mask, None, None
+        return ActiveAdapters(self.shape, phi, mask, users, training)
 
     def _check(self, rows: int, phi: Tensor, mask: Tensor | None, users: int) -> None:
         """Refuse shapes that broadcasting would take for something else."""

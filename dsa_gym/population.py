@@ -11,7 +11,7 @@ Every user's examples are ordered in time and cut into parts that are never mixe
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -124,7 +124,10 @@ def _spaced(rows: Tensor, limit: int) -> Tensor:
 
 
 def encode_population(
-    raw: Sequence[tuple[str, Sequence[Any]]], domain: Domain, config: SplitConfig
+    raw: Sequence[tuple[str, Sequence[Any]]],
+    domain: Domain,
+    config: SplitConfig,
+    trained: Collection[str] = (),
 ) -> tuple[Population, dict[str, Any]]:
     """Encode every user's examples and split users and examples.
 
@@ -132,6 +135,7 @@ def encode_population(
         raw: ``(user, examples in time order)``, users in any order.
         domain: Encodes the examples.
         config: The split.
+        trained: Users that the backbone was trained on; they are never held out.
 
     Returns:
         The population, and a report: users and examples read, kept and dropped.
@@ -156,7 +160,11 @@ def encode_population(
             f"fewer than min_examples={config.min_examples} usable examples"
         )
     groups = split_users(
-        [user for user, _, _ in kept], validation=config.validation, test=config.test, seed=config.seed
+        [user for user, _, _ in kept],
+        validation=config.validation,
+        test=config.test,
+        seed=config.seed,
+        trained=trained,
     )
     if len(groups["train"]) < 2:
         raise DataError(
@@ -178,6 +186,7 @@ def encode_population(
         "examples_read": examples_read,
         "examples_unusable": unusable,
         "min_examples": config.min_examples,
+        "users_of_the_backbone": len(set(trained) & set(names)),
     }
     return population, report
 

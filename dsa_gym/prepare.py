@@ -11,7 +11,7 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,10 @@ from tqdm import tqdm
 
 from dsa_gym import storage
 from dsa_gym.adaptation import AdaptationConfig, SupportLoss, adapt_users
-from dsa_gym.backbone import KINDS, SHIPPED, Backbone
+from dsa_gym.backbone import KINDS, SHIPPED, Backbone, resolve_source
 from dsa_gym.bundle import FORMAT, Bundle, shape_record
-from dsa_gym.domains import Domain, make_domain, take
+from dsa_gym.config import from_mapping, merge, read_mapping
+from dsa_gym.domains import Domain, domain_class, make_domain, take
 from dsa_gym.ladder import build_ladder, interval, summarise
 from dsa_gym.library_training import LibraryTraining, LibraryTrainingConfig
 from dsa_gym.masks import MaskSpace
@@ -33,7 +34,7 @@ from dsa_gym.model import AdaptedModel, all_gates
 from dsa_gym.observations import fit_projection
 from dsa_gym.pathways import AdapterShape, PathwayLibrary
 from dsa_gym.population import PARTS, SPLITS, Population, SplitConfig, encode_population
-from dsa_gym.problem import DEFAULT_L0_PENALTY, GatingProblem
+from dsa_gym.problem import GatingProblem
 from dsa_gym.search import EXHAUSTIVE_GATES
 from dsa_gym.user_store import UserAdapter, UserStore, Values
 
@@ -114,6 +115,17 @@ class PrepareConfig:
             raise ValueError(f"active={gate.active}: expected at most pathways={self.adapter.pathways}")
 
 
+def prepare_config(domain_name: str, path: Path | None = None) -> PrepareConfig:
+    """The domain's default settings, with those of a YAML file over them.
+
+    Raises:
+        ValueError: If the domain is unknown, or the file is not readable or holds something else.
+    """
+    given = read_mapping(path) if path is not None else {}
+    values = merge(domain_class(domain_name).defaults, given)
+    return from_mapping(PrepareConfig, values, where=str(path or domain_name))
+
+
 def prepare(
     domain_name: str,
     raw: Sequence[tuple[str, Sequence[Any]]],
@@ -122,6 +134,7 @@ def prepare(
     *,
     backbone: str = "dsa-text",
     data_files: Sequence[Path] = (),
+    reading: Mapping[str, Any] | None = None,
 ) -> Bundle:
     """Make a bundle.
 
@@ -132,6 +145,7 @@ def prepare(
         config: Settings.
         backbone: Shipped name, folder or Hub id.
         data_files: Where ``raw`` came from, for the manifest.
+        reading: What reading them dropped or replaced, for the manifest.
 
     Returns:
         The bundle, opened; one that is finished already is not made again.
@@ -145,7 +159,7 @@ def prepare(
         for name, file in zip(names, data_files, strict=True)
     }
     data = data or {"raw": hashlib.sha256(repr(raw).encode("utf-8", "surrogatepass")).hexdigest()}
-    preparation = _Preparation(domain_name, out, config, backbone, data)
+    preparation = _Preparation(domain_name, out, config, backbone, data, dict(reading or {}))
     if preparation.finished:
         shutil.rmtree(preparation.work, ignore_errors=True)
         return Bundle.open(preparation.out)
@@ -155,9 +169,17 @@ def prepare(
 class _Preparation:
     """One run of :func:`prepare`: the stages, their products and their timings."""
 
-    def __init__(self, domain_name: str, out: Path, config: PrepareConfig, backbone: str, data: dict[str, str]) -> None:
+    def __init__(
+        self,
+        domain_name: str,
+        out: Path,
+        config: PrepareConfig,
+        backbone: str,
+        data: dict[str, str],
+        reading: dict[str, Any],
+    ) -> None:
         self.out, self.work, self.config = Path(out), Path(out) / "work", config
-        self.source = backbone
+        self.source, self.reading = backbone, reading
         self.key = {
             "domain": domain_name,
             "backbone": backbone,
@@ -246,7 +268,8 @@ class _Preparation:
         return storage.read_json(path)
 
     def _encode(self, raw: Sequence[tuple[str, Sequence[Any]]]) -> tuple[Population, dict[str, Any]]:
-        population, report = encode_population(raw, self.domain, self.config.splits)
+        trained = trained_users(self.source, self.key["data"])
+        population, report = encode_population(raw, self.domain, self.config.splits, trained)
         sizes = ", ".join(f"{len(population.members(group))} {group}" for group in ("train", "validation", "test"))
         log.info(
             "%d users (%s), %d examples; dropped %d users with fewer than %d usable examples and %d unusable examples",
@@ -384,6 +407,7 @@ class _Preparation:
             "gate": asdict(self.config.library.gate),
             "users": population.users,
             "groups": population.groups,
+            "reading": self.reading,
             "encoding": report,
             "library_training": training.history,
             "stored": {
@@ -484,18 +508,18 @@ class _Preparation:
     def _headroom(self, manifest: dict[str, Any]) -> dict[str, Any]:
         """The ladder without an agent on seen and unseen users, in nats of reward."""
         bundle = Bundle(self.out, manifest)
-        train = GatingProblem(bundle, "train", l0_penalty=DEFAULT_L0_PENALTY, device="cpu")
-        result: dict[str, Any] = {"l0_penalty": DEFAULT_L0_PENALTY}
+        train = GatingProblem(bundle, "train", device="cpu")
+        result: dict[str, Any] = {"l0_penalty": bundle.l0_penalty, "unit": self.domain.unit}
         for split in ("seen", "validation", "test"):
-            problem = GatingProblem(bundle, split, l0_penalty=DEFAULT_L0_PENALTY, device="cpu")
+            problem = GatingProblem(bundle, split, device="cpu")
             density = float(problem.reference_gates().mean())
             summary = summarise(build_ladder(problem, train, density=density))
             result[split] = summary
         headroom = result["test"]["headroom"]
         if headroom["low"] <= 0:
             log.warning(
-                "the reference gate is within noise of the best static mask on unseen users (%.3f nats, 95 %% interval "
-                "%.3f to %.3f): this bundle gives a gate nothing to learn; train the library longer or on more users",
+                "the reference gate is within noise of the best static mask on unseen users (%.4f, 95 %% interval "
+                "%.4f to %.4f): this bundle gives a gate nothing to learn; train the library longer or on more users",
                 headroom["mean"], headroom["low"], headroom["high"],
             )  # fmt: skip
         return result
@@ -514,6 +538,16 @@ class _Preparation:
         storage.write_json(self.out / "manifest.json", manifest)
         shutil.rmtree(self.work)
         return Bundle.open(self.out)
+
+
+def trained_users(backbone: str, data: Mapping[str, str]) -> list[str]:
+    """Users that a backbone was trained on, if that was on one of the files ``data`` (name to SHA-256), else none."""
+    record = Path(resolve_source(backbone)) / "pretrain.json"
+    if not record.is_file():
+        return []
+    made = storage.read_json(record)
+    same = set(made.get("data", {}).values()) & set(data.values())
+    return list(made["trained_users"]) if same and "trained_users" in made else []
 
 
 def _unfinished_write(path: Path) -> bool:
@@ -538,7 +572,7 @@ def _copy_backbone(source: Path, target: Path) -> None:
     partial = target.with_name(".tmp-backbone")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    for pattern in ("*.json", "*.safetensors", "*.txt", "*.model"):
+    for pattern in ("*.json", "*.safetensors", "*.txt", "*.model"):  # weights, tokenizer, catalogue, conditions
         for file in source.glob(pattern):
             shutil.copy2(file, partial / file.name)
     partial.rename(target)

@@ -1,6 +1,7 @@
 """The gating problem of a bundle's split: inputs, what is observed of them, and the loss under any mask.
 
-This is the one place where a mask is scored. Environments, the ladder, searches and oracles all ask it.
+The loss is in the domain's unit, or minus a task metric where that is the reward. This is the one place where a mask is
+scored. Environments, the ladder, searches and oracles all ask it.
 """
 
 from __future__ import annotations
@@ -16,12 +17,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dsa_gym.bundle import Bundle
-from dsa_gym.domains import take, to_device
+from dsa_gym.domains import Examples, domain_class, take, to_device
 from dsa_gym.masks import GRANULARITIES, MaskSpace
 from dsa_gym.model import AdaptedModel
-
-DEFAULT_L0_PENALTY = 1.5e-6
-"""Nats per active parameter: about 0.1 nats for everything of an adapter of 65,536 parameters."""
 
 Bits = NDArray[np.uint8]
 
@@ -33,7 +31,8 @@ class GatingProblem:
         bundle: Where it comes from.
         split: Name of the split.
         space: The gates.
-        l0_penalty: lambda, nats per active parameter.
+        l0_penalty: lambda, price of one active parameter in the unit of the loss.
+        reward_metric: Task metric that takes the place of minus the loss, or None.
         rows: Row of each input in the bundle's examples, int64 (n,).
         user: Index of each input's user, int64 (n,).
         table: Measured losses of the inputs under all masks (n, 2^G), or None.
@@ -46,7 +45,8 @@ class GatingProblem:
         split: str = "train",
         *,
         granularity: str | None = None,
-        l0_penalty: float = DEFAULT_L0_PENALTY,
+        l0_penalty: float | None = None,
+        reward_metric: str | None = None,
         device: str = "auto",
         cache_bytes: int = 64 * 2**20,
         inputs: Tensor | None = None,
@@ -57,7 +57,10 @@ class GatingProblem:
             bundle: An opened bundle.
             split: ``train``, ``seen``, ``validation``, ``test``, or ``support``.
             granularity: See :mod:`dsa_gym.masks`; None for what the library was trained under.
-            l0_penalty: lambda, in nats per active parameter.
+            l0_penalty: lambda, price of one active parameter in the unit of the loss; None for the domain's, or
+                for 0 under a ``reward_metric``, whose scale is another.
+            reward_metric: One of the domain's task metrics, such as ``ndcg@10``: what is called the loss is then minus
+                that metric. No gradient reaches it, and the bundle's tables do not hold it.
             device: ``"auto"``, ``"cpu"``, ``"cuda"``, ...
             cache_bytes: Bound on the memory of remembered losses; 0 computes every loss anew and does not use the
                 bundle's tables either.
@@ -66,8 +69,12 @@ class GatingProblem:
         Raises:
             ValueError: If an argument is out of range.
         """
+        if l0_penalty is None:
+            l0_penalty = 0.0 if reward_metric else bundle.l0_penalty
         if not np.isfinite(l0_penalty) or l0_penalty < 0:
-            raise ValueError(f"l0_penalty={l0_penalty}: expected a finite number >= 0, in nats per active parameter")
+            raise ValueError(f"l0_penalty={l0_penalty}: expected a finite number >= 0, per active parameter")
+        check_metric(reward_metric, bundle.domain)
+        self.reward_metric = reward_metric
         if cache_bytes < 0:
             raise ValueError(f"cache_bytes={cache_bytes}: expected a number of bytes >= 0")
         self.bundle, self.split, self.l0_penalty = bundle, split, float(l0_penalty)
@@ -90,7 +97,8 @@ class GatingProblem:
         return self.space.granularity == self.bundle.space.granularity
 
     def _measured(self, even: bool, inputs: Tensor | None) -> NDArray[Any] | None:
-        table = self.bundle.table(self.split, even=even) if self.cache_bytes and self._trained_granularity else None
+        served = self.cache_bytes and self._trained_granularity and self.reward_metric is None
+        table = self.bundle.table(self.split, even=even) if served else None
         return table if table is None or inputs is None else table[inputs.numpy()]
 
     @property
@@ -122,7 +130,7 @@ class GatingProblem:
         return -self.losses(inputs, gates).astype(np.float64) - self.l0_penalty * self.active_parameters(gates)
 
     def losses(self, inputs: NDArray[np.int64], gates: Bits) -> NDArray[np.float32]:
-        """Loss in nats of inputs (rows,), indices into the split, under binary gates (rows, G).
+        """Loss of inputs (rows,), indices into the split, under binary gates (rows, G).
 
         Served from the bundle's table or the bounded cache where possible; equal requests are computed once.
 
@@ -148,18 +156,37 @@ class GatingProblem:
                 rows, users = self.rows[index], self.user[index]
                 examples = to_device(take(self.bundle.examples, rows), self.device)
                 if gates is None:
-                    losses = self.model.losses(examples, None)
+                    losses = self._loss(examples, None, None, None)
                 else:
                     if bool((users == users[0]).all()):
                         users = users[:1]
                     bits = torch.from_numpy(gates[start : start + batch_size]).to(self.device, torch.float32)
-                    mask = self.space.expand(bits)
-                    losses = self.model.losses(examples, self._phi, mask, users=users.to(self.device))
+                    losses = self._loss(examples, self._phi, self.space.expand(bits), users.to(self.device))
                 pieces.append(losses.float().cpu())
         return torch.cat(pieces).numpy()
 
+    def _loss(self, examples: Examples, phi: Tensor | None, mask: Tensor | None, users: Tensor | None) -> Tensor:
+        if self.reward_metric is None:
+            return self.model.losses(examples, phi, mask, users=users)
+        return -self.model.metric(self.reward_metric, examples, phi, mask, users)
+
+    def outcome(self, index: int, gates: Bits) -> dict[str, Any]:
+        """What the adapted model makes of one input under gates (G,), as parts to look at."""
+        row = self.rows[index : index + 1]
+        examples = to_device(take(self.bundle.examples, row), self.device)
+        mask = self.space.expand(torch.from_numpy(gates[None]).to(self.device, torch.float32))
+        return self.model.outcome(examples, self._phi[self.user[index : index + 1]], mask)
+
     def relaxed_losses(self, inputs: Tensor, gates: Tensor) -> Tensor:
-        """Losses in nats (rows,), differentiable with respect to gates (rows, G) in [0, 1]."""
+        """Losses (rows,), differentiable with respect to gates (rows, G) in [0, 1].
+
+        Raises:
+            ValueError: If the reward is a metric that no gradient reaches.
+        """
+        if self.reward_metric is not None:
+            raise ValueError(
+                f"reward_metric={self.reward_metric!r}: no gradient reaches it; use an agent that needs none"
+            )
         rows, users = self.rows[inputs], self.user[inputs]
         examples = to_device(take(self.bundle.examples, rows), self.device)
         mask = self.space.expand(gates.to(self.device))
@@ -211,6 +238,7 @@ class GatingProblem:
             "support",
             granularity=self.space.granularity,
             l0_penalty=self.l0_penalty,
+            reward_metric=self.reward_metric,
             device=str(self.device),
             cache_bytes=self.cache_bytes,
             inputs=chosen,
@@ -219,6 +247,17 @@ class GatingProblem:
 
 _ENTRY_BYTES = 120
 """About what one entry of the cache costs beside its key: the float and the ordered dictionary's slot."""
+
+
+def check_metric(name: str | None, domain: str) -> None:
+    """Refuse a reward metric that a domain does not have.
+
+    Raises:
+        ValueError: Naming those it has.
+    """
+    known = domain_class(domain).metrics
+    if name is not None and name not in known:
+        raise ValueError(f"reward_metric={name!r}: expected None or, for {domain!r}, one of {', '.join(known)}")
 
 
 def mask_codes(gates: Bits) -> NDArray[np.int64]:

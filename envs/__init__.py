@@ -16,7 +16,11 @@ if TYPE_CHECKING:
 
 __all__ = ["ENVIRONMENTS", "make_sb3_vec_env", "register"]
 
-ENVIRONMENTS: dict[str, dict[str, Any]] = {"DSA-Text-v0": {"domain": "text"}}
+ENVIRONMENTS: dict[str, dict[str, Any]] = {
+    "DSA-Text-v0": {"domain": "text"},
+    "DSA-Rec-v0": {"domain": "recommendation"},
+    "DSA-Image-v0": {"domain": "image"},
+}
 """Every registered id and the arguments that tell it apart."""
 
 

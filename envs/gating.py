@@ -20,7 +20,7 @@ from dsa_gym.envs.rendering import Frame, ansi, rgb_array
 from dsa_gym.masks import MaskSpace
 from dsa_gym.observations import LIMIT
 from dsa_gym.population import SPLITS
-from dsa_gym.problem import DEFAULT_L0_PENALTY, GatingProblem
+from dsa_gym.problem import GatingProblem, check_metric
 
 Observation = dict[str, NDArray[np.float32]]
 Info = dict[str, Any]
@@ -37,7 +37,8 @@ class _Gating:
         bundle: str | Path | None,
         split: str,
         granularity: str,
-        l0_penalty: float,
+        l0_penalty: float | None,
+        reward_metric: str | None,
         episode_length: int,
         device: str,
         render_mode: str | None,
@@ -52,8 +53,10 @@ class _Gating:
             raise ValueError(f"split={split!r}: expected one of {', '.join(SPLITS)}")
         if render_mode not in (None, *GatingEnv.metadata["render_modes"]):
             raise ValueError(f"render_mode={render_mode!r}: expected None, 'ansi' or 'rgb_array'")
-        if not (isinstance(l0_penalty, int | float | np.number) and 0 <= l0_penalty < float("inf")):
-            raise ValueError(f"l0_penalty={l0_penalty!r}: expected a finite number >= 0, in nats per active parameter")
+        priced = isinstance(l0_penalty, int | float | np.number) and 0 <= l0_penalty < float("inf")
+        if l0_penalty is not None and not priced:
+            raise ValueError(f"l0_penalty={l0_penalty!r}: expected None or a finite number >= 0, per active parameter")
+        check_metric(reward_metric, domain)
         self.source = str(bundle) if bundle is not None else domain
         # checksums are compared at the first reset, when the data is read
         self._opened = Bundle.open(self.source, verify=False)
@@ -63,6 +66,7 @@ class _Gating:
             "split": split,
             "granularity": granularity,
             "l0_penalty": l0_penalty,
+            "reward_metric": reward_metric,
             "device": device,
             "cache_bytes": cache_bytes,
         }
@@ -186,11 +190,15 @@ class _Gating:
         per_site = np.zeros((len(shape.sites), shape.pathways), dtype=np.float32)
         if gates is not None:
             per_site = _share_on(self.problem, gates)
-        examples = self._opened.examples
+        parts = self._domain.describe(self._opened.examples, int(self.problem.rows[row]))
+        if gates is not None:
+            *known, target = parts
+            outcome = self.problem.outcome(row, gates)
+            parts = {name: parts[name] for name in known} | outcome | {target: parts[target]}
         kinds = {"attention": "attn", "feed_forward": "ffn"}
         return Frame(
             user=self._opened.users[user],
-            parts=self._domain.describe(examples, int(self.problem.rows[row])),
+            parts=parts,
             mask=per_site,
             site_labels=tuple(f"L{site.layer} {kinds.get(site.kind, site.kind)}" for site in shape.sites),
             layers=tuple(site.layer for site in shape.sites),
@@ -283,15 +291,22 @@ class GatingEnv(gym.Env[Observation, NDArray[np.int8]]):
     | key | shape | what |
     |-----|-------|------|
     | `user` | (16,) | user embedding, from the user's support examples only |
-    | `context` | (16,) | the frozen model's view of what is known of the input (text: its prefix) |
+    | `context` | (16,) | the frozen model's view of what is known of the input |
 
     ## Rewards
 
-    `reward = -loss - l0_penalty * active_parameters`: the loss in nats (text: mean cross-entropy per token of
-    the true continuation) and the number of adapter parameters that the mask switches on. It is deterministic
-    given user, input and mask. `info` holds `loss` (nats), `active_parameters`, `density` (share of all
-    adapter parameters), `user` and `input` (indices) of the step; after `reset`, `user` and `input` of the
-    first decision.
+    `reward = -loss - l0_penalty * active_parameters`: the loss and the number of adapter parameters that the
+    mask switches on. It is deterministic given user, input and mask.
+
+    | domain | known of the input | loss | `reward_metric` |
+    |--------|--------------------|------|-----------------|
+    | text | prefix | cross-entropy per token of the continuation, nats | `rougeL`, `bleu` (greedy) |
+    | recommendation | history, time | cross-entropy of the next items, nats | `ndcg@10`, `recall@10`, ... |
+    | image | condition, noised image | squared error of the predicted noise | `psnr` (one step) |
+
+    With a `reward_metric` the loss is minus that metric, which no gradient reaches. `info` holds `loss`,
+    `active_parameters`, `density` (share of all adapter parameters), `user` and `input` (indices) of the step;
+    after `reset`, `user` and `input` of the first decision.
 
     ## Starting State
 
@@ -306,8 +321,8 @@ class GatingEnv(gym.Env[Observation, NDArray[np.int8]]):
     ## Arguments
 
     ```python
-    gym.make("DSA-Text-v0", bundle=None, split="train", granularity="pathway", l0_penalty=1.5e-6,
-             episode_length=1, device="auto", render_mode=None, cache_bytes=64 * 2**20)
+    gym.make("DSA-Text-v0", bundle=None, split="train", granularity="pathway", l0_penalty=None,
+             reward_metric=None, episode_length=1, device="auto", render_mode=None, cache_bytes=64 * 2**20)
     ```
 
     * `bundle`: folder written by `dsa-gym prepare`; None for the domain's shipped bundle.
@@ -315,8 +330,9 @@ class GatingEnv(gym.Env[Observation, NDArray[np.int8]]):
       `validation` and `test` (users that nothing was trained on).
     * `granularity`: see above. Tables of measured losses serve the granularity that the library was trained
       under.
-    * `l0_penalty`: lambda, nats per active parameter, >= 0. The default prices everything on at about 0.1
-      nats.
+    * `l0_penalty`: lambda, the price of an active parameter in the unit of the loss, >= 0; None for the
+      domain's, which is small beside what a good mask gains (0 with a `reward_metric`).
+    * `reward_metric`: a task metric in the place of minus the loss, see above.
     * `episode_length`: inputs per episode.
     * `device`: `"auto"`, `"cpu"`, `"cuda"`.
     * `render_mode`: `"ansi"` or `"rgb_array"`.
@@ -337,7 +353,8 @@ class GatingEnv(gym.Env[Observation, NDArray[np.int8]]):
         bundle: str | Path | None = None,
         split: str = "train",
         granularity: str = "pathway",
-        l0_penalty: float = DEFAULT_L0_PENALTY,
+        l0_penalty: float | None = None,
+        reward_metric: str | None = None,
         episode_length: int = 1,
         device: str = "auto",
         render_mode: str | None = None,
@@ -355,6 +372,7 @@ class GatingEnv(gym.Env[Observation, NDArray[np.int8]]):
             split=split,
             granularity=granularity,
             l0_penalty=l0_penalty,
+            reward_metric=reward_metric,
             episode_length=episode_length,
             device=device,
             render_mode=render_mode,
@@ -420,7 +438,8 @@ class GatingVectorEnv(VectorEnv[Observation, NDArray[Any], NDArray[Any]]):
         bundle: str | Path | None = None,
         split: str = "train",
         granularity: str = "pathway",
-        l0_penalty: float = DEFAULT_L0_PENALTY,
+        l0_penalty: float | None = None,
+        reward_metric: str | None = None,
         episode_length: int = 1,
         device: str = "auto",
         render_mode: str | None = None,
@@ -438,6 +457,7 @@ class GatingVectorEnv(VectorEnv[Observation, NDArray[Any], NDArray[Any]]):
             split=split,
             granularity=granularity,
             l0_penalty=l0_penalty,
+            reward_metric=reward_metric,
             episode_length=episode_length,
             device=device,
             render_mode=render_mode,

@@ -8,15 +8,20 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from rich.console import Console
 from rich.logging import RichHandler
 from transformers.utils.logging import disable_progress_bar
 
 from dsa_gym import __version__
+
+if TYPE_CHECKING:
+    from dsa_gym.prepare import PrepareConfig
+
+T = TypeVar("T")
 
 console = Console()
 
@@ -28,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _quiet(parsed.verbose)
     try:
         parsed.run(parsed)
-    except (ValueError, FloatingPointError, OSError) as error:
+    except (ValueError, FloatingPointError, OSError, ImportError) as error:
         if parsed.verbose:
             raise
         print(f"dsa-gym {parsed.command}: {' '.join(str(error).split())}", file=sys.stderr)
@@ -80,26 +85,70 @@ def _parser() -> argparse.ArgumentParser:
     personas.add_argument("--odd-spelling", type=float, default=0.0, help="share of registers typed in an odd spelling")
     personas.add_argument("--seed", type=int, default=0)
 
+    tastes = add("tastes", _tastes, "generate interactions of people with a catalogue")
+    tastes.add_argument("--out", type=Path, required=True, help="table (.csv, .tsv, .jsonl, also .gz .xz)")
+    tastes.add_argument("--titles", type=Path, help="write the catalogue here")
+    tastes.add_argument("--users", type=int, default=400)
+    tastes.add_argument("--items", type=int, default=1000)
+    tastes.add_argument("--odd", type=float, default=0.0, help="share of people with an odd habit")
+    tastes.add_argument("--seed", type=int, default=0)
+
+    hands = add("hands", _hands, "generate handwritten characters")
+    hands.add_argument("--out", type=Path, required=True, help="NPZ file")
+    hands.add_argument("--users", type=int, default=160)
+    hands.add_argument("--per-user", type=int, default=30)
+    hands.add_argument("--odd", type=float, default=0.0, help="share of people with an odd hand")
+    hands.add_argument("--seed", type=int, default=0)
+
     pretrain = commands.add_parser("pretrain", help="pre-train a domain's small backbone")
     domains = pretrain.add_subparsers(dest="domain", required=True, metavar="DOMAIN")
     text = add("text", _pretrain_text, "pre-train the text backbone", domains)
     text.add_argument("--corpus", type=Path, nargs="+", required=True, help="text or JSON Lines, also .gz .xz .zst")
-    text.add_argument("--out", type=Path, required=True)
-    text.add_argument("--config", type=Path, help="YAML with settings of PretrainConfig")
-    text.add_argument("--steps", type=int, help="optimiser steps (default of the configuration)")
-    text.add_argument("--seed", type=int)
+    recommendation = add("recommendation", _pretrain_recommendation, "pre-train the recommendation backbone", domains)
+    _interaction_arguments(recommendation)
+    recommendation.add_argument("--titles", type=Path, help="table of items with their titles, for display")
+    image = add("image", _pretrain_image, "pre-train the image backbone", domains)
+    _image_arguments(image)
+    image.add_argument("--size", type=int, default=28, help="height and width in pixels")
+    image.add_argument("--channels", type=int, default=1, help="1 or 3")
+    for sub in (text, recommendation, image):
+        sub.add_argument("--out", type=Path, required=True)
+        sub.add_argument("--config", type=Path, help="YAML with settings of the pre-training")
+        sub.add_argument("--steps", type=int, help="optimiser steps (default of the configuration)")
+        sub.add_argument("--seed", type=int)
 
     prepare = commands.add_parser("prepare", help="make a bundle from users' data")
     domains = prepare.add_subparsers(dest="domain", required=True, metavar="DOMAIN")
     text = add("text", _prepare_text, "make a bundle from users' texts", domains)
     text.add_argument("--data", type=Path, nargs="+", required=True, help="JSON Lines, CSV or Parquet, also compressed")
-    text.add_argument("--out", type=Path, required=True, help="the bundle; an unfinished one is continued")
-    text.add_argument("--backbone", default="dsa-text", help="shipped name, folder or Hub id")
-    text.add_argument("--config", type=Path, help="YAML with settings of PrepareConfig")
-    text.add_argument("--seed", type=int, help="seeds split, meta-training and adaptation")
+    text.add_argument("--source", default="table", help="table, reddit (dumps) or twitter (exports)")
     text.add_argument("--user-column", default="user")
     text.add_argument("--text-column", default="text")
     text.add_argument("--order-column", help="time or index (default: time, timestamp or index if there)")
+    text.add_argument("--scrub", metavar="SALT", help="replace identifiers and names; 16 secret characters or more")
+    recommendation = add("recommendation", _prepare_recommendation, "make a bundle from users' interactions", domains)
+    _interaction_arguments(recommendation)
+    image = add("image", _prepare_image, "make a bundle from users' images", domains)
+    _image_arguments(image)
+    for name, sub in (("text", text), ("recommendation", recommendation), ("image", image)):
+        sub.add_argument("--out", type=Path, required=True, help="the bundle; an unfinished one is continued")
+        sub.add_argument("--backbone", default=f"dsa-{name}", help="shipped name, folder or Hub id")
+        sub.add_argument("--config", type=Path, help="YAML with settings of PrepareConfig, over the domain's defaults")
+        sub.add_argument("--seed", type=int, help="seeds split, meta-training and adaptation")
+
+    sample = add("sample", _sample, "draw images as a user would: real, unadapted and personalised ones")
+    sample.add_argument("bundle", help="folder, or 'image' for the shipped bundle")
+    sample.add_argument("--user", help="whose (default: the first test user)")
+    sample.add_argument("--count", type=int, default=10)
+    sample.add_argument("--out", type=Path, default=Path("samples.png"))
+    sample.add_argument("--seed", type=int, default=0)
+    sample.add_argument("--judge", type=Path, metavar="JSON", help="also judge the style of all test users' samples")
+
+    metrics = add("metrics", _metrics, "task metrics of a bundle's users: bare, shared, personalised and gated")
+    metrics.add_argument("bundle", help="folder, or a domain's name for its shipped bundle")
+    metrics.add_argument("--split", default="test")
+    metrics.add_argument("--interactions", type=Path, help="recommendation: the bundle's data, for the baselines")
+    metrics.add_argument("--json", type=Path, help="write the result here")
 
     info = add("info", _info, "print a bundle's manifest in readable form")
     info.add_argument("bundle", help="folder, or a domain's name for its shipped bundle")
@@ -114,7 +163,8 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--logdir", type=Path, default=Path("runs"))
     train.add_argument("--num-envs", type=int, default=256)
     train.add_argument("--granularity", default="pathway")
-    train.add_argument("--l0-penalty", type=float, default=None, help="nats per active parameter")
+    train.add_argument("--l0-penalty", type=float, default=None, help="price of an active parameter")
+    train.add_argument("--reward-metric", help="task metric in the place of minus the loss, such as ndcg@10")
     train.add_argument("--evaluate-every", type=int, default=50_000, help="environment steps")
     train.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="override the agent's settings")
 
@@ -150,38 +200,192 @@ def _personas(parsed: argparse.Namespace) -> None:
     console.print(f"{rows:,} texts of {parsed.users} users in {parsed.out}")
 
 
-def _pretrain_text(parsed: argparse.Namespace) -> None:
+def _tastes(parsed: argparse.Namespace) -> None:
+    from dsa_gym.generators.tastes import TasteConfig, write_tastes, write_titles
+
+    config = TasteConfig(users=parsed.users, items=parsed.items, odd=parsed.odd, seed=parsed.seed)
+    rows = write_tastes(config, parsed.out)
+    if parsed.titles:
+        write_titles(config, parsed.titles)
+    console.print(f"{rows:,} interactions of {parsed.users} users in {parsed.out}")
+
+
+def _hands(parsed: argparse.Namespace) -> None:
+    from dsa_gym.generators.hands import HandConfig, write_hands
+
+    config = HandConfig(users=parsed.users, per_user=parsed.per_user, odd=parsed.odd, seed=parsed.seed)
+    rows = write_hands(config, parsed.out)
+    console.print(f"{rows:,} drawings of {parsed.users} users in {parsed.out}")
+
+
+def _interaction_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", type=Path, nargs="+", required=True, help="MovieLens, MovieTweetings, Amazon, table")
+    parser.add_argument("--source", default="auto", help="format of the data")
+    parser.add_argument("--min-rating", type=float, help="leave out ratings below")
+    parser.add_argument("--user-core", type=int, default=10, help="fewest interactions of a user")
+    parser.add_argument("--item-core", type=int, default=5, help="fewest interactions of an item")
+
+
+def _image_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", type=Path, required=True, help="a folder per user, NPZ, or a table of images")
+    parser.add_argument("--source", default="auto", help="folder, npz or table")
+    parser.add_argument("--download", action="store_true", help="fetch images that a table gives by URL")
+
+
+def _read_interactions(parsed: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
+    from dsa_gym.data import read_interactions
+
+    users, report = read_interactions(
+        parsed.data,
+        source=parsed.source,
+        min_rating=parsed.min_rating,
+        user_core=parsed.user_core,
+        item_core=parsed.item_core,
+    )
+    console.print(f"read: {report}")
+    return users, asdict(report)
+
+
+def _read_images(parsed: argparse.Namespace, size: int, channels: int) -> tuple[Any, dict[str, Any]]:
+    from dsa_gym.data import read_images
+
+    users, report = read_images(
+        parsed.data, source=parsed.source, size=size, channels=channels, download=parsed.download
+    )
+    console.print(f"read: {report}")
+    return users, asdict(report)
+
+
+def _pretrain_config(parsed: argparse.Namespace, kind: type[T]) -> T:
     from dsa_gym.config import read_config
+
+    config = read_config(parsed.config, kind) if parsed.config else kind()
+    given = {name: value for name in ("steps", "seed") if (value := getattr(parsed, name)) is not None}
+    return replace(config, **given)  # type: ignore[type-var]
+
+
+def _pretrain_text(parsed: argparse.Namespace) -> None:
     from dsa_gym.pretrain.text import PretrainConfig, pretrain_text
 
-    config = read_config(parsed.config, PretrainConfig) if parsed.config else PretrainConfig()
-    given = {name: value for name in ("steps", "seed") if (value := getattr(parsed, name)) is not None}
-    result = pretrain_text(parsed.corpus, parsed.out, replace(config, **given))
+    result = pretrain_text(parsed.corpus, parsed.out, _pretrain_config(parsed, PretrainConfig))
     console.print(f"held-out perplexity {result['held_out_perplexity']:.2f}; weights and model card in {parsed.out}")
 
 
-def _prepare_text(parsed: argparse.Namespace) -> None:
-    from dsa_gym.config import read_config
-    from dsa_gym.data import read_texts
-    from dsa_gym.prepare import PrepareConfig, prepare
+def _pretrain_recommendation(parsed: argparse.Namespace) -> None:
+    from dsa_gym.data import read_titles
+    from dsa_gym.pretrain.recommendation import RecommendationPretrainConfig, pretrain_recommendation
 
-    config = read_config(parsed.config, PrepareConfig) if parsed.config else PrepareConfig()
-    if parsed.seed is not None:
-        config = replace(
-            config,
-            splits=replace(config.splits, seed=parsed.seed),
-            library=replace(config.library, seed=parsed.seed),
-            adaptation=replace(config.adaptation, seed=parsed.seed),
-        )
-    users = read_texts(
-        parsed.data,
-        user_column=parsed.user_column,
-        text_column=parsed.text_column,
-        order_column=parsed.order_column,
+    config = _pretrain_config(parsed, RecommendationPretrainConfig)
+    users, report = _read_interactions(parsed)
+    titles = read_titles(parsed.titles) if parsed.titles else None
+    result = pretrain_recommendation(users, parsed.out, config, titles=titles, data_files=parsed.data, report=report)
+    for split in ("unseen", "seen"):
+        scores = "  ".join(f"{name} {values['ndcg@10']:.4f}" for name, values in result[split].items())
+        console.print(f"NDCG@10, last item, {split} users: {scores}")
+    console.print(f"weights and model card in {parsed.out}")
+
+
+def _pretrain_image(parsed: argparse.Namespace) -> None:
+    from dsa_gym.pretrain.image import ImagePretrainConfig, pretrain_image
+
+    config = _pretrain_config(parsed, ImagePretrainConfig)
+    users, report = _read_images(parsed, parsed.size, parsed.channels)
+    files = [parsed.data] if parsed.data.is_file() else []
+    result = pretrain_image(users, parsed.out, config, data_files=files, report=report)
+    console.print(f"denoising error {result['unseen']:.4f} on unseen users; weights and model card in {parsed.out}")
+
+
+def _prepare_config(parsed: argparse.Namespace) -> PrepareConfig:
+    from dsa_gym.prepare import prepare_config
+
+    config = prepare_config(parsed.domain, parsed.config)
+    if parsed.seed is None:
+        return config
+    return replace(
+        config,
+        splits=replace(config.splits, seed=parsed.seed),
+        library=replace(config.library, seed=parsed.seed),
+        adaptation=replace(config.adaptation, seed=parsed.seed),
     )
-    raw = [(entry.user, entry.texts) for entry in users]
-    bundle = prepare("text", raw, parsed.out, config, backbone=parsed.backbone, data_files=parsed.data)
+
+
+def _prepare(
+    parsed: argparse.Namespace, raw: list[tuple[str, Any]], files: list[Path], reading: dict[str, Any]
+) -> None:
+    from dsa_gym.prepare import prepare
+
+    config = _prepare_config(parsed)
+    bundle = prepare(
+        parsed.domain, raw, parsed.out, config, backbone=parsed.backbone, data_files=files, reading=reading
+    )
     _print_manifest(bundle.manifest, str(parsed.out))
+
+
+def _prepare_text(parsed: argparse.Namespace) -> None:
+    from dsa_gym.data import Scrubber, read_texts
+
+    columns = {name: getattr(parsed, name) for name in ("user_column", "text_column", "order_column")}
+    scrubber = Scrubber(parsed.scrub) if parsed.scrub else None
+    users = read_texts(parsed.data, source=parsed.source, scrub=scrubber, **columns)
+    replaced = dict(scrubber.counts) if scrubber else {}
+    if replaced:
+        console.print(f"replaced: {replaced}")
+    _prepare(parsed, [(entry.user, entry.texts) for entry in users], parsed.data, {"replaced": replaced})
+
+
+def _prepare_recommendation(parsed: argparse.Namespace) -> None:
+    from dsa_gym.domains import make_domain
+
+    settings = _prepare_config(parsed).domain
+    domain: Any = make_domain(parsed.domain, settings, backbone_source=parsed.backbone)
+    users, report = _read_interactions(parsed)
+    raw = [(entry.user, domain.windows(entry.items, entry.times)) for entry in users]
+    _prepare(parsed, raw, parsed.data, report)
+
+
+def _prepare_image(parsed: argparse.Namespace) -> None:
+    from dsa_gym.domains import make_domain
+    from dsa_gym.domains.image import ImageExample
+
+    settings = _prepare_config(parsed).domain
+    domain: Any = make_domain(parsed.domain, settings, backbone_source=parsed.backbone)
+    users, report = _read_images(parsed, domain.size, domain.channels)
+    raw = [
+        (entry.user, [ImageExample(*pair) for pair in zip(entry.images, entry.conditions, strict=True)])
+        for entry in users
+    ]
+    _prepare(parsed, raw, [parsed.data] if parsed.data.is_file() else [], report)
+
+
+def _sample(parsed: argparse.Namespace) -> None:
+    from PIL import Image
+
+    from dsa_gym.bundle import Bundle
+    from dsa_gym.experiments.samples import judge_style, sample_sheet
+    from dsa_gym.storage import atomic_path, write_json
+
+    bundle = Bundle.open(parsed.bundle)
+    user = parsed.user or bundle.users[bundle.manifest["groups"].index("test")]
+    sheet = sample_sheet(bundle, user, count=parsed.count, seed=parsed.seed)
+    with atomic_path(parsed.out) as temporary:
+        Image.fromarray(sheet).save(temporary, format="PNG")
+    console.print(f"sheet: {parsed.out}")
+    if parsed.judge:
+        result = judge_style(bundle, seed=parsed.seed)
+        write_json(parsed.judge, result)
+        console.print_json(data=result)
+
+
+def _metrics(parsed: argparse.Namespace) -> None:
+    from dsa_gym.bundle import Bundle
+    from dsa_gym.experiments.task_metrics import show, task_metrics
+    from dsa_gym.storage import write_json
+
+    result = task_metrics(Bundle.open(parsed.bundle), parsed.split, interactions=parsed.interactions)
+    show(result, console)
+    if parsed.json:
+        write_json(parsed.json, result)
+        console.print(f"json: {parsed.json}")
 
 
 def _info(parsed: argparse.Namespace) -> None:
@@ -214,12 +418,14 @@ def _print_manifest(manifest: dict[str, Any], name: str) -> None:
     ]  # fmt: skip
     for split in ("test", "seen"):
         ladder = manifest["headroom"][split]["ladder"]
-        rows.append((f"reward, {split}", "  ".join(f"{rung} {ladder[rung]['mean']:.3f}" for rung in ladder)))
+        rows.append((f"reward, {split}", "  ".join(f"{rung} {ladder[rung]['mean']:.4f}" for rung in ladder)))
         headroom = manifest["headroom"][split]["headroom"]
-        bounds = f"[{headroom['low']:.3f}, {headroom['high']:.3f}]"
-        rows.append((f"headroom, {split}", f"{headroom['mean']:.3f} nats {bounds}"))
+        bounds = f"[{headroom['low']:.4f}, {headroom['high']:.4f}]"
+        rows.append(
+            (f"headroom, {split}", f"{headroom['mean']:.4f} {manifest['headroom'].get('unit', 'nats')} {bounds}")
+        )
     losses = ("no_adapter", "shared", "dense", "sparse", "wrong_user", "random_initialisation")
-    rows.append(("unseen users' loss", "  ".join(f"{key} {personal[key]:.3f}" for key in losses)))
+    rows.append(("unseen users' loss", "  ".join(f"{key} {personal[key]:.4f}" for key in losses)))
     timings = manifest["timings_seconds"]
     rows.append(("seconds", "  ".join(f"{stage} {seconds:.0f}" for stage, seconds in timings.items())))
     for row in rows:
@@ -232,7 +438,6 @@ def _train(parsed: argparse.Namespace) -> None:
     from dsa_gym.agents.base import zoo_defaults
     from dsa_gym.config import parse_setting
     from dsa_gym.experiments.train import TrainConfig, train
-    from dsa_gym.problem import DEFAULT_L0_PENALTY
 
     agent_class(parsed.agent)  # an unknown one is named before its settings are
     try:
@@ -247,7 +452,8 @@ def _train(parsed: argparse.Namespace) -> None:
         seed=parsed.seed,
         num_envs=parsed.num_envs,
         granularity=parsed.granularity,
-        l0_penalty=DEFAULT_L0_PENALTY if parsed.l0_penalty is None else parsed.l0_penalty,
+        l0_penalty=parsed.l0_penalty,
+        reward_metric=parsed.reward_metric,
         evaluate_every=parsed.evaluate_every,
         settings=settings,
     )

@@ -22,7 +22,7 @@ from dsa_gym.agents.base import Agent
 from dsa_gym.envs import make_sb3_vec_env
 from dsa_gym.experiments.tensorboard import PolicyLog
 from dsa_gym.ladder import normalised_score
-from dsa_gym.problem import DEFAULT_L0_PENALTY, GatingProblem
+from dsa_gym.problem import GatingProblem
 from dsa_gym.search import best_static
 
 
@@ -49,7 +49,8 @@ class TrainConfig:
         seed: Seeds environment and agent.
         num_envs: Environments in the native batch.
         granularity: Gate granularity.
-        l0_penalty: lambda, nats per active parameter.
+        l0_penalty: lambda, price of an active parameter; None for the domain's.
+        reward_metric: Task metric in the place of minus the loss.
         evaluate_every: Environment steps between evaluations on seen and unseen (validation) users.
         settings: Overrides of the agent's defaults.
     """
@@ -61,7 +62,8 @@ class TrainConfig:
     seed: int = 0
     num_envs: int = 256
     granularity: str = "pathway"
-    l0_penalty: float = DEFAULT_L0_PENALTY
+    l0_penalty: float | None = None
+    reward_metric: str | None = None
     evaluate_every: int = 50_000
     settings: dict[str, Any] | None = None
 
@@ -94,7 +96,8 @@ class TrainConfig:
     @property
     def env_arguments(self) -> dict[str, Any]:
         """Arguments of the environment besides its split."""
-        return {"bundle": self.bundle, "granularity": self.granularity, "l0_penalty": self.l0_penalty}
+        names = ("bundle", "granularity", "l0_penalty", "reward_metric")
+        return {name: getattr(self, name) for name in names}
 
     def make_agent(self, split: str = "train") -> Agent:
         """The untrained agent with its environments."""

@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, distribution
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -24,12 +25,19 @@ import pytest
 import torch
 
 from dsa_gym.adaptation import AdaptationConfig
-from dsa_gym.data import read_texts
+from dsa_gym.data import read_images, read_interactions, read_texts
+from dsa_gym.domains.image import ImageExample
+from dsa_gym.domains.recommendation import RecommendationDomain
+from dsa_gym.envs import ENVIRONMENTS
 from dsa_gym.experiments.cli import main
+from dsa_gym.generators.hands import HandConfig, write_hands
 from dsa_gym.generators.personas import PersonaConfig, write_personas
+from dsa_gym.generators.tastes import TasteConfig, write_tastes
 from dsa_gym.library_training import LibraryTrainingConfig
 from dsa_gym.population import SplitConfig
 from dsa_gym.prepare import AdapterConfig, PrepareConfig, prepare
+from dsa_gym.pretrain.image import ImagePretrainConfig, pretrain_image
+from dsa_gym.pretrain.recommendation import RecommendationPretrainConfig, pretrain_recommendation
 
 # The same examples in every run; a slow machine is not a failure.
 hypothesis.settings.register_profile("dsa-gym", derandomize=True, deadline=None, database=None)
@@ -90,6 +98,52 @@ def bundle_folder(persona_file: Path, tmp_path_factory: pytest.TempPathFactory) 
     raw = [(entry.user, entry.texts) for entry in read_texts([persona_file])]
     prepare("text", raw, folder, SMALL, data_files=[persona_file])
     return folder
+
+
+@pytest.fixture(scope="session")
+def recommendation_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small bundle of generated tastes over a tiny backbone, pre-trained for a few steps on other people."""
+    folder = tmp_path_factory.mktemp("recommendation")
+    files = {name: folder / f"{name}.csv" for name in ("others", "users")}
+    for seed, (name, people) in enumerate({"others": 20, "users": 12}.items()):
+        config = TasteConfig(users=people, items=60, genres=4, min_interactions=40, max_interactions=40, seed=seed)
+        write_tastes(config, files[name])
+    read = {name: read_interactions([file], user_core=1, item_core=1)[0] for name, file in files.items()}
+    settings = RecommendationPretrainConfig(steps=4, width=16, window=16)
+    pretrain_recommendation(read["others"], folder / "backbone", settings)
+    domain = RecommendationDomain.build(str(folder / "backbone"), history=8, targets=2)
+    raw = [(entry.user, domain.windows(entry.items, entry.times)) for entry in read["users"]]
+    config = replace(SMALL, domain=domain.settings(), splits=replace(SMALL.splits, min_examples=5))
+    backbone = str(folder / "backbone")
+    prepare("recommendation", raw, folder / "small", config, backbone=backbone, data_files=[files["users"]])
+    return folder / "small"
+
+
+@pytest.fixture(scope="session")
+def image_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small bundle of generated handwriting over a tiny backbone, pre-trained for a few steps on other hands."""
+    folder = tmp_path_factory.mktemp("image")
+    files = {name: folder / f"{name}.npz" for name in ("others", "users")}
+    for seed, (name, people) in enumerate({"others": 12, "users": 12}.items()):
+        write_hands(HandConfig(users=people, characters=12, per_user=12, size=16, seed=seed), files[name])
+    read = {name: read_images(file, size=16)[0] for name, file in files.items()}
+    settings = ImagePretrainConfig(steps=4, width=16, layers=2, heads=2, timesteps=100)
+    pretrain_image(read["others"], folder / "backbone", settings)
+    raw = [
+        (entry.user, [ImageExample(*pair) for pair in zip(entry.images, entry.conditions, strict=True)])
+        for entry in read["users"]
+    ]
+    config = replace(SMALL, splits=replace(SMALL.splits, min_examples=5))
+    backbone = str(folder / "backbone")
+    prepare("image", raw, folder / "small", config, backbone=backbone, data_files=[files["users"]])
+    return folder / "small"
+
+
+@pytest.fixture
+def bundle_of(request: pytest.FixtureRequest) -> Callable[[str], Path]:
+    """The small bundle of the domain of an environment id, made when it is first asked for."""
+    fixtures = {"text": "bundle_folder", "recommendation": "recommendation_bundle", "image": "image_bundle"}
+    return lambda env_id: request.getfixturevalue(fixtures[ENVIRONMENTS[env_id]["domain"]])
 
 
 @pytest.fixture(scope="session")

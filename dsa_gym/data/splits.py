@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from itertools import pairwise
 
 from dsa_gym.data.tables import DataError
@@ -11,7 +11,9 @@ from dsa_gym.data.tables import DataError
 __all__ = ["split_users"]
 
 
-def split_users(users: Sequence[str], *, validation: float, test: float, seed: int) -> dict[str, list[str]]:
+def split_users(
+    users: Sequence[str], *, validation: float, test: float, seed: int, trained: Collection[str] = ()
+) -> dict[str, list[str]]:
     """Divide users, so that some are never seen in training.
 
     The split depends on the set of users and on the seed only, not on the order of `users` or on the
@@ -23,6 +25,8 @@ def split_users(users: Sequence[str], *, validation: float, test: float, seed: i
         validation: share for validation, in [0, 1).
         test: share for testing, in [0, 1).
         seed: another seed is another split.
+        trained: users that something was trained on already, such as the backbone: they stay in `train`. Where too
+            few others are left, validation and test share them in proportion.
 
     Returns:
         Sorted names under `train`, `validation` and `test`.
@@ -48,10 +52,18 @@ def split_users(users: Sequence[str], *, validation: float, test: float, seed: i
         )
     # Hashes, not a shuffle: they need no promise of a generator to stay the same, and one user more or less
     # leaves most others where they were.
-    drawn = sorted(users, key=lambda user: (_draw(user, seed), user))
+    known = set(trained) & set(users)
+    drawn = sorted(set(users) - known, key=lambda user: (_draw(user, seed), user))
     first, second = counts["test"], counts["test"] + counts["validation"]
+    if known and second > len(drawn):
+        first, second = first * len(drawn) // max(second, 1), len(drawn)
+        if (first < 1 and test) or (second - first < 1 and validation):
+            raise DataError(
+                f"{len(known)} of {len(users)} users have been trained on already: {len(drawn)} are too few for "
+                "validation and test; hold more of them out of the pre-training"
+            )
     return {
-        "train": sorted(drawn[second:]),
+        "train": sorted([*known, *drawn[second:]]),
         "validation": sorted(drawn[first:second]),
         "test": sorted(drawn[:first]),
     }

@@ -30,6 +30,14 @@ class Domain(Protocol):
     """What the rest of the system asks of a domain."""
 
     name: str
+    unit: str
+    """Unit of the loss, such as ``"nats per token"``."""
+    l0_penalty: float
+    """Default price of one active parameter, in that unit."""
+    metrics: tuple[str, ...]
+    """Task metrics of :meth:`metric`, each usable as a reward."""
+    defaults: dict[str, Any]
+    """Settings of a preparation that suit the domain, nested like the YAML of ``PrepareConfig``."""
 
     @classmethod
     def build(cls, backbone_source: str, **settings: Any) -> Domain:
@@ -49,7 +57,7 @@ class Domain(Protocol):
         ...
 
     def losses(self, model: nn.Module, examples: Examples, *, parts: bool = False) -> Tensor:
-        """Loss of each example in nats (rows,), differentiable.
+        """Loss of each example (rows,), differentiable.
 
         With ``parts`` the shares (rows, 2) that the even and the odd scored elements have in it: they sum to the loss.
         """
@@ -59,8 +67,16 @@ class Domain(Protocol):
         """Frozen features (rows, F): of what is known before the decision (``context``) or of the whole example."""
         ...
 
-    def describe(self, examples: Examples, row: int) -> dict[str, str]:
-        """Readable parts of one example, in the order to show them (for text: prompt and continuation)."""
+    def metric(self, model: nn.Module, name: str, examples: Examples) -> Tensor:
+        """A task metric of each example (rows,), higher is better, without a gradient."""
+        ...
+
+    def describe(self, examples: Examples, row: int) -> dict[str, Any]:
+        """Parts of one example to look at, text or pictures (H, W) or (H, W, 3) uint8; the last one is the target."""
+        ...
+
+    def outcome(self, model: nn.Module, examples: Examples) -> dict[str, Any]:
+        """What the model makes of one example (one row), as parts to look at."""
         ...
 
 
@@ -69,17 +85,28 @@ def take(examples: Examples, rows: Tensor) -> Examples:
     return {name: value[rows] for name, value in examples.items()}
 
 
+def domain_class(name: str) -> type[Domain]:
+    """The class of a registered domain: its unit, price, metrics and defaults, without a backbone.
+
+    Raises:
+        ValueError: If ``name`` is not registered.
+    """
+    if name not in DOMAINS:
+        raise ValueError(f"domain={name!r}: expected one of {', '.join(sorted(DOMAINS))}")
+    module, _, attribute = DOMAINS[name].partition(":")
+    kind: type[Domain] = getattr(import_module(module), attribute)
+    return kind
+
+
 def make_domain(name: str, settings: Mapping[str, Any], *, backbone_source: str) -> Domain:
     """Build a registered domain.
 
     Raises:
         ValueError: If ``name`` is not registered or ``settings`` are not the domain's.
     """
-    if name not in DOMAINS:
-        raise ValueError(f"domain={name!r}: expected one of {', '.join(sorted(DOMAINS))}")
-    module, _, attribute = DOMAINS[name].partition(":")
+    kind = domain_class(name)
     try:
-        domain: Domain = getattr(import_module(module), attribute).build(backbone_source, **settings)
+        domain: Domain = kind.build(backbone_source, **settings)
     except TypeError as error:
         raise ValueError(f"domain={dict(settings)}: not the settings of {name!r} ({error})") from error
     return domain

@@ -23,6 +23,9 @@ from dsa_gym import storage
 from dsa_gym.backbone import Backbone, import_diffusers, resolve_source
 from dsa_gym.domains import Examples
 
+CONDITIONS = "conditions.json"
+"""In the backbone's folder: the list of its conditions; the index is the class label."""
+
 BANK = 1024
 """Noise images that examples draw from: an index is stored in place of the noise."""
 
@@ -59,9 +62,16 @@ class ImageDomain:
 
     name = "image"
     unit = "squared error"
-    l0_penalty: float = 1e-7
+    l0_penalty: float = 2e-8  # everything of 49,152 parameters costs about 0.001
     metrics: tuple[str, ...] = ("psnr",)
-    defaults: dict[str, Any] = {}
+    defaults: dict[str, Any] = {
+        "splits": {
+            "min_examples": 10,
+            "inputs": {"train": 6, "seen": 3, "validation": 4, "test": 8},
+            "support_inputs": 3,
+        },
+        "library": {"algorithm": "fomaml", "steps": 300, "users": 32, "support": 2, "query": 4, "validate_every": 50},
+    }
 
     def __init__(
         self, scheduler: Any, conditions: Sequence[str], *, channels: int, size: int, draws: int = 2, seed: int = 0
@@ -94,11 +104,11 @@ class ImageDomain:
             ValueError: If a file is missing or not understood, or diffusers is not installed.
         """
         folder = Path(resolve_source(backbone_source))
-        config, conditions = _read(folder, "config.json"), _read(folder, "conditions.json")
+        config, conditions = _read(folder, "config.json"), _read(folder, CONDITIONS)
         if not isinstance(conditions, list) or not conditions or not all(isinstance(name, str) for name in conditions):
-            raise ValueError(f"{folder / 'conditions.json'}: expected a list of names, one for each class label")
+            raise ValueError(f"{folder / CONDITIONS}: expected a list of names, one for each class label")
         if len(set(conditions)) < len(conditions):
-            raise ValueError(f"{folder / 'conditions.json'}: names a condition twice")
+            raise ValueError(f"{folder / CONDITIONS}: names a condition twice")
         channels, size = (
             config.get(key) if isinstance(config, dict) else None for key in ("in_channels", "sample_size")
         )
@@ -348,7 +358,7 @@ def _read(folder: Path, name: str) -> Any:
     except FileNotFoundError as error:
         raise ValueError(
             f"backbone={str(folder)!r}: has no {name}; the image domain needs a folder with the weights and "
-            "config.json of a DiT, its scheduler_config.json and conditions.json, the list of its conditions"
+            "config.json of a DiT, its scheduler_config.json and {CONDITIONS}, the list of its conditions"
         ) from error
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dsa_gym.backbone import Backbone, load_tokenizer
 from dsa_gym.domains import Examples
+from dsa_gym.metrics.text import rouge, sentence_bleu
 
 
 class TextDomain:
@@ -22,6 +23,10 @@ class TextDomain:
     """
 
     name = "text"
+    unit = "nats per token"
+    l0_penalty = 1.5e-6  # everything of 65,536 parameters costs about 0.1 nats
+    metrics = ("rougeL", "bleu")
+    defaults: dict[str, Any] = {}
 
     def __init__(self, tokenizer: Any, *, max_tokens: int = 32, prefix_tokens: int = 10, min_target: int = 4) -> None:
         """Set the lengths.
@@ -89,7 +94,7 @@ class TextDomain:
         return {"tokens": tokens, "length": length}, torch.tensor(kept, dtype=torch.int64)
 
     def losses(self, model: nn.Module, examples: Examples, *, parts: bool = False) -> Tensor:
-        """Mean cross-entropy per scored token in nats; logits are computed at scored positions only."""
+        """Mean cross-entropy per scored token, in nats; logits are computed at scored positions only."""
         tokens = examples["tokens"].long()
         targets = tokens[:, self.prefix_tokens :]  # (rows, T)
         positions = torch.arange(self.prefix_tokens - 1, tokens.shape[1] - 1, device=tokens.device)
@@ -122,3 +127,36 @@ class TextDomain:
             "prompt": self.tokenizer.decode(ids[1:split], skip_special_tokens=True),
             "continuation": self.tokenizer.decode(ids[split:], skip_special_tokens=True),
         }
+
+    @torch.no_grad()
+    def metric(self, model: nn.Module, name: str, examples: Examples) -> Tensor:
+        """Score of the greedy continuation against the true one (rows,).
+
+        ``rougeL``: F-measure of ROUGE-L in [0, 1] (Lin, 2004). ``bleu``: smoothed sentence BLEU in [0, 1].
+
+        Raises:
+            ValueError: If there is no such metric.
+            ImportError: If the extra ``metrics`` is not installed.
+        """
+        if name not in self.metrics:
+            raise ValueError(f"metric={name!r}: expected one of {', '.join(self.metrics)}")
+        written = self._continuations(model, examples)
+        true = [self.describe(examples, row)["continuation"] for row in range(len(written))]
+        scores = rouge(written, true, name) if name == "rougeL" else sentence_bleu(written, true) / 100
+        return torch.from_numpy(scores).float()
+
+    def outcome(self, model: nn.Module, examples: Examples) -> dict[str, str]:
+        """The greedy continuation of the prompt of one example."""
+        with torch.no_grad():
+            return {"model writes": self._continuations(model, examples)[0]}
+
+    def _continuations(self, model: nn.Module, examples: Examples) -> list[str]:
+        """Greedy continuations of the prefixes, each as long as the true one."""
+        tokens, length = examples["tokens"][:, : self.prefix_tokens].long(), examples["length"].tolist()
+        for _ in range(max(length) - self.prefix_tokens):
+            logits = model(input_ids=tokens, use_cache=False, logits_to_keep=1).logits[:, -1]
+            tokens = torch.cat([tokens, logits.argmax(-1, keepdim=True)], dim=1)
+        return [
+            self.tokenizer.decode(row[self.prefix_tokens : end], skip_special_tokens=True)
+            for row, end in zip(tokens.tolist(), length, strict=True)
+        ]

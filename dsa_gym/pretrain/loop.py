@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -53,6 +54,19 @@ class Schedule:
             return self.learning_rate * (step + 1) / warm
         share = (step - warm) / max(1, self.steps - warm)
         return self.learning_rate * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * share)))
+
+
+def claim(out: Path, key: dict[str, Any]) -> None:
+    """Make ``out`` the folder of the run that ``key`` describes (configuration and data).
+
+    Raises:
+        ValueError: If it holds another run.
+    """
+    record = out / "checkpoint" / "run.json"
+    if not record.exists():
+        storage.write_json(record, key)
+    elif storage.read_json(record) != key:
+        raise ValueError(f"out={str(out)!r}: holds a run with another configuration or data; give a new folder")
 
 
 def fit(

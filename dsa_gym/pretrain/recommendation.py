@@ -21,7 +21,7 @@ from dsa_gym import storage
 from dsa_gym.data import UserInteractions, split_users
 from dsa_gym.domains.recommendation import CATALOGUE
 from dsa_gym.metrics.ranking import ndcg_at, precision_at, ranks, recall_at
-from dsa_gym.pretrain.loop import Schedule, fit
+from dsa_gym.pretrain.loop import Schedule, claim, fit
 from dsa_gym.recommenders import ItemNeighbours, popularity
 
 K = 10
@@ -44,14 +44,14 @@ class RecommendationPretrainConfig(Schedule):
     """
 
     batch_size: int = 64
-    steps: int = 600
+    steps: int = 800
     learning_rate: float = 1e-3
     weight_decay: float = 1.0
     width: int = 64
     layers: int = 2
     heads: int = 2
     window: int = 32
-    dropout: float = 0.5
+    dropout: float = 0.6
     latest: float = 0.2
     validation: float = 0.08
     test: float = 0.24
@@ -139,7 +139,7 @@ def pretrain_recommendation(
     out = Path(out)
     data = {Path(file).name: storage.sha256(Path(file)) for file in data_files}
     key = {"config": asdict(config), "data": data, "users": len(users)}
-    _claim(out / "checkpoint" / "run.json", key, out)
+    claim(out, key)
     items = sorted({item for user in users for item in user.items})
     token = {item: index + 1 for index, item in enumerate(items)}
     sequence = {user.user: np.asarray([token[item] for item in user.items]) for user in users}
@@ -187,15 +187,6 @@ def pretrain_recommendation(
     storage.write_json(out / "pretrain.json", record)
     _write_card(out, config, result, len(items), len(trained), sum(p.numel() for p in model.parameters()))
     return result
-
-
-def _claim(path: Path, key: dict[str, Any], out: Path) -> None:
-    """Refuse a folder of another run."""
-    if path.exists():
-        if storage.read_json(path) != key:
-            raise ValueError(f"out={str(out)!r}: holds a run with another configuration or data; give a new folder")
-        return
-    storage.write_json(path, key)
 
 
 def _earlier(sequence: np.ndarray, latest: float) -> np.ndarray:

@@ -112,6 +112,7 @@ def test_dropped_users_are_counted() -> None:
         "examples_read": 76,
         "examples_unusable": 8,
         "min_examples": 5,
+        "users_of_the_backbone": 0,
     }
 
 

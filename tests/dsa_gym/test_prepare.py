@@ -20,9 +20,10 @@ from dsa_gym.backbone import SHIPPED
 from dsa_gym.bundle import Bundle
 from dsa_gym.config import read_config
 from dsa_gym.data import DataError, read_texts
+from dsa_gym.domains.text import TextDomain
 from dsa_gym.experiments.cli import main
 from dsa_gym.prepare import AdapterConfig, PrepareConfig, prepare
-from dsa_gym.problem import DEFAULT_L0_PENALTY, GatingProblem
+from dsa_gym.problem import GatingProblem
 
 # Small enough for seconds on the random backbone, and every stage has several steps to be killed between.
 YAML = """
@@ -283,7 +284,7 @@ def test_stored_sizes_are_measured(unbroken: Path) -> None:
 
 def test_headroom_is_the_ladder_without_an_agent(unbroken: Path) -> None:
     headroom = Bundle.open(unbroken).manifest["headroom"]
-    assert headroom["l0_penalty"] == DEFAULT_L0_PENALTY
+    assert headroom["l0_penalty"] == TextDomain.l0_penalty
     rungs = {"none", "all", "random", "static", "user_static", "reference", "oracle", "oracle_crossfit"}
     for split, users, inputs in (("seen", 6, 12), ("validation", 2, 4), ("test", 4, 12)):
         part = headroom[split]

@@ -12,10 +12,11 @@ import torch
 
 from dsa_gym.bundle import Bundle
 from dsa_gym.domains import take
+from dsa_gym.domains.text import TextDomain
 from dsa_gym.masks import GRANULARITIES, MaskSpace
 from dsa_gym.model import all_gates
 from dsa_gym.population import SPLITS
-from dsa_gym.problem import DEFAULT_L0_PENALTY, GatingProblem, mask_codes
+from dsa_gym.problem import GatingProblem, mask_codes
 
 Make = Callable[..., GatingProblem]
 
@@ -260,7 +261,7 @@ def test_mask_codes_number_the_masks(make: Make) -> None:
 
 
 def test_default_price_is_a_tenth_of_a_nat_for_everything() -> None:
-    assert pytest.approx(0.1, rel=0.02) == DEFAULT_L0_PENALTY * 65_536
+    assert pytest.approx(0.1, rel=0.02) == TextDomain.l0_penalty * 65_536
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,12 @@ from dsa_gym.envs import ENVIRONMENTS, register
 every_id = pytest.mark.parametrize("env_id", ENVIRONMENTS)
 SAME_STEP = {"autoreset_mode": AutoresetMode.SAME_STEP}
 STEP_INFO = {"loss", "active_parameters", "density", "user", "input"}
+
+
+@pytest.fixture
+def bundle(env_id: str, bundle_of: Callable[[str], Path]) -> Path:
+    """The small bundle of the environment's domain."""
+    return bundle_of(env_id)
 
 
 def make(env_id: str, bundle: Path, **kwargs: Any) -> gym.Env[Any, Any]:
@@ -70,28 +77,28 @@ def test_registering_twice_is_allowed() -> None:
 
 
 @every_id
-def test_id_with_its_module(env_id: str, bundle_folder: Path) -> None:
-    env = gym.make(f"dsa_gym:{env_id}", bundle=str(bundle_folder))
+def test_id_with_its_module(env_id: str, bundle: Path) -> None:
+    env = gym.make(f"dsa_gym:{env_id}", bundle=str(bundle))
     assert env.spec is not None and env.spec.id == env_id
 
 
 @every_id
-def test_gymnasium_checker(env_id: str, bundle_folder: Path, recwarn: pytest.WarningsRecorder) -> None:
+def test_gymnasium_checker(env_id: str, bundle: Path, recwarn: pytest.WarningsRecorder) -> None:
     for kwargs in ({}, {"episode_length": 3}, {"render_mode": "ansi"}):
-        check_env(make(env_id, bundle_folder, **kwargs).unwrapped)
+        check_env(make(env_id, bundle, **kwargs).unwrapped)
     assert not recwarn.list
 
 
 @every_id
-def test_sb3_checker(env_id: str, bundle_folder: Path, recwarn: pytest.WarningsRecorder) -> None:
-    sb3_check_env(make(env_id, bundle_folder, render_mode="rgb_array"), warn=True, skip_render_check=False)
+def test_sb3_checker(env_id: str, bundle: Path, recwarn: pytest.WarningsRecorder) -> None:
+    sb3_check_env(make(env_id, bundle, render_mode="rgb_array"), warn=True, skip_render_check=False)
     assert not recwarn.list
 
 
 @every_id
 @pytest.mark.parametrize("split", ["train", "seen", "validation", "test"])
-def test_step(env_id: str, split: str, bundle_folder: Path) -> None:
-    env = make(env_id, bundle_folder, split=split, l0_penalty=1e-5, episode_length=2)
+def test_step(env_id: str, split: str, bundle: Path) -> None:
+    env = make(env_id, bundle, split=split, l0_penalty=1e-5, episode_length=2)
     observation, info = env.reset(seed=0)
     problem = env.get_wrapper_attr("problem")
     env.action_space.seed(0)
@@ -121,9 +128,9 @@ def test_step(env_id: str, split: str, bundle_folder: Path) -> None:
 
 @every_id
 @pytest.mark.parametrize("vector", [False, True])
-def test_seeds_decide_the_trajectory(env_id: str, vector: bool, bundle_folder: Path) -> None:
+def test_seeds_decide_the_trajectory(env_id: str, vector: bool, bundle: Path) -> None:
     build = make_vec if vector else make
-    first, second = (build(env_id, bundle_folder, episode_length=2) for _ in range(2))
+    first, second = (build(env_id, bundle, episode_length=2) for _ in range(2))
     assert same(rollout(first, 3), rollout(second, 3))
     assert same(rollout(first, 3), rollout(second, 3)), "a second time on the same environments"
     assert not same(rollout(first, 3), rollout(second, 4))
@@ -131,33 +138,33 @@ def test_seeds_decide_the_trajectory(env_id: str, vector: bool, bundle_folder: P
 
 @every_id
 @pytest.mark.parametrize("vector", [False, True])
-def test_unseeded_resets_differ(env_id: str, vector: bool, bundle_folder: Path) -> None:
+def test_unseeded_resets_differ(env_id: str, vector: bool, bundle: Path) -> None:
     build = make_vec if vector else make
 
     def inputs() -> list[Any]:
-        env = build(env_id, bundle_folder)
+        env = build(env_id, bundle)
         return [np.asarray(env.reset()[1]["input"]).tolist() for _ in range(20)]
 
     assert inputs() != inputs()
 
 
 @every_id
-def test_partly_seeded_batch_differs_where_it_is_not(env_id: str, bundle_folder: Path) -> None:
-    env = make_vec(env_id, bundle_folder, num_envs=3)
+def test_partly_seeded_batch_differs_where_it_is_not(env_id: str, bundle: Path) -> None:
+    env = make_vec(env_id, bundle, num_envs=3)
     draws = [env.reset(seed=[None, 5, None])[1]["input"]]
     draws += [env.reset()[1]["input"] for _ in range(20)]
     columns = np.array(draws).T.tolist()
     assert columns[0] != columns[2]
-    again = make_vec(env_id, bundle_folder, num_envs=3)
+    again = make_vec(env_id, bundle, num_envs=3)
     assert again.reset(seed=[None, 5, None])[1]["input"][1] == columns[1][0]
 
 
 @every_id
 @pytest.mark.parametrize("pickler", [pickle, cloudpickle], ids=["pickle", "cloudpickle"])
 @pytest.mark.parametrize("vector", [False, True])
-def test_pickling(env_id: str, vector: bool, pickler: Any, bundle_folder: Path) -> None:
+def test_pickling(env_id: str, vector: bool, pickler: Any, bundle: Path) -> None:
     kwargs: dict[str, Any] = {"episode_length": 3, "render_mode": "ansi"}
-    env = make_vec(env_id, bundle_folder, **kwargs) if vector else make(env_id, bundle_folder, **kwargs).unwrapped
+    env = make_vec(env_id, bundle, **kwargs) if vector else make(env_id, bundle, **kwargs).unwrapped
     expected = rollout(pickler.loads(pickler.dumps(env)), 1)  # before reset
     assert same(rollout(env, 1, 4), expected[:6] if not vector else expected[:5])
     env.render()
@@ -172,8 +179,8 @@ def test_pickling(env_id: str, vector: bool, pickler: Any, bundle_folder: Path) 
 
 @every_id
 @pytest.mark.parametrize("vector", [False, True])
-def test_constructing_loads_nothing(env_id: str, vector: bool, bundle_folder: Path) -> None:
-    env = make_vec(env_id, bundle_folder) if vector else make(env_id, bundle_folder).unwrapped
+def test_constructing_loads_nothing(env_id: str, vector: bool, bundle: Path) -> None:
+    env = make_vec(env_id, bundle) if vector else make(env_id, bundle).unwrapped
     assert "problem" not in env._core.__dict__
     env.reset(seed=0)
     env.step(env.action_space.sample())
@@ -181,24 +188,24 @@ def test_constructing_loads_nothing(env_id: str, vector: bool, bundle_folder: Pa
 
 
 @every_id
-def test_spec_survives_json(env_id: str, bundle_folder: Path) -> None:
-    env = make(env_id, bundle_folder, split="test", granularity="layer", l0_penalty=1e-5, episode_length=2)
+def test_spec_survives_json(env_id: str, bundle: Path) -> None:
+    env = make(env_id, bundle, split="test", granularity="layer", l0_penalty=1e-5, episode_length=2)
     assert env.spec is not None
     spec = EnvSpec.from_json(env.spec.to_json())
     assert spec.kwargs == env.spec.kwargs
     again = gym.make(spec)
     assert again.action_space == env.action_space and again.observation_space == env.observation_space
     assert same(again.reset(seed=0), env.reset(seed=0))
-    vector = make_vec(env_id, bundle_folder, num_envs=3)
+    vector = make_vec(env_id, bundle, num_envs=3)
     assert gym.make_vec(vector.spec).num_envs == 3
 
 
 @every_id
 @pytest.mark.parametrize("length", [1, 3])
-def test_native_batch_is_the_synchronous_one(env_id: str, length: int, bundle_folder: Path) -> None:
+def test_native_batch_is_the_synchronous_one(env_id: str, length: int, bundle: Path) -> None:
     kwargs = {"episode_length": length, "l0_penalty": 1e-5}
-    native = make_vec(env_id, bundle_folder, **kwargs)
-    other = make_vec(env_id, bundle_folder, vectorization_mode="sync", vector_kwargs=SAME_STEP, **kwargs)
+    native = make_vec(env_id, bundle, **kwargs)
+    other = make_vec(env_id, bundle, vectorization_mode="sync", vector_kwargs=SAME_STEP, **kwargs)
     assert native.metadata["autoreset_mode"] == other.metadata["autoreset_mode"] == AutoresetMode.SAME_STEP
     assert native.observation_space == other.observation_space
     assert native.action_space == other.action_space
@@ -219,26 +226,26 @@ def test_native_batch_is_the_synchronous_one(env_id: str, length: int, bundle_fo
 
 
 @every_id
-def test_asynchronous_batch(env_id: str, bundle_folder: Path) -> None:
+def test_asynchronous_batch(env_id: str, bundle: Path) -> None:
     # spawned, not forked: torch has threads, and a fork of a threaded process may hang
     env = make_vec(
         env_id,
-        bundle_folder,
+        bundle,
         num_envs=2,
         vectorization_mode="async",
         vector_kwargs={**SAME_STEP, "context": "spawn"},
         episode_length=2,
     )
     try:
-        native = make_vec(env_id, bundle_folder, num_envs=2, episode_length=2)
+        native = make_vec(env_id, bundle, num_envs=2, episode_length=2)
         assert same(rollout(env, 5), rollout(native, 5))
     finally:
         env.close()
 
 
 @every_id
-def test_returned_arrays_are_the_callers(env_id: str, bundle_folder: Path) -> None:
-    env, untouched = (make_vec(env_id, bundle_folder, episode_length=2) for _ in range(2))
+def test_returned_arrays_are_the_callers(env_id: str, bundle: Path) -> None:
+    env, untouched = (make_vec(env_id, bundle, episode_length=2) for _ in range(2))
     env.reset(seed=0)
     untouched.reset(seed=0)
     for _ in range(4):
@@ -257,10 +264,10 @@ def test_returned_arrays_are_the_callers(env_id: str, bundle_folder: Path) -> No
 
 @every_id
 @pytest.mark.parametrize("mode", ["ansi", "rgb_array"])
-def test_rendering(env_id: str, mode: str, bundle_folder: Path) -> None:
+def test_rendering(env_id: str, mode: str, bundle: Path) -> None:
     scalar, vector = (
-        make(env_id, bundle_folder, render_mode=mode),
-        make_vec(env_id, bundle_folder, 2, render_mode=mode),
+        make(env_id, bundle, render_mode=mode),
+        make_vec(env_id, bundle, 2, render_mode=mode),
     )
     scalar.reset(seed=0)
     vector.reset(seed=0)
@@ -281,12 +288,12 @@ def test_rendering(env_id: str, mode: str, bundle_folder: Path) -> None:
 
 
 @every_id
-def test_wrappers(env_id: str, bundle_folder: Path, tmp_path: Path) -> None:
-    env = gym.wrappers.FlattenObservation(make(env_id, bundle_folder))
+def test_wrappers(env_id: str, bundle: Path, tmp_path: Path) -> None:
+    env = gym.wrappers.FlattenObservation(make(env_id, bundle))
     observation, _ = env.reset(seed=0)
     assert observation in env.observation_space and observation.ndim == 1
 
-    recorded = gym.wrappers.RecordEpisodeStatistics(make(env_id, bundle_folder, episode_length=2))
+    recorded = gym.wrappers.RecordEpisodeStatistics(make(env_id, bundle, episode_length=2))
     recorded.reset(seed=0)
     rewards, info = [], {}
     for _ in range(2):
@@ -294,23 +301,23 @@ def test_wrappers(env_id: str, bundle_folder: Path, tmp_path: Path) -> None:
         rewards.append(float(reward))
     assert info["episode"]["l"] == 2 and info["episode"]["r"] == pytest.approx(sum(rewards))
 
-    limited = gym.make(env_id, bundle=str(bundle_folder), episode_length=5, max_episode_steps=2)
+    limited = gym.make(env_id, bundle=str(bundle), episode_length=5, max_episode_steps=2)
     limited.reset(seed=0)
     assert limited.step(limited.action_space.sample())[2:4] == (False, False)
     assert limited.step(limited.action_space.sample())[2:4] == (False, True)
 
-    vector = gym.wrappers.vector.RecordEpisodeStatistics(make_vec(env_id, bundle_folder))
+    vector = gym.wrappers.vector.RecordEpisodeStatistics(make_vec(env_id, bundle))
     vector.reset(seed=0)
     assert vector.step(vector.action_space.sample())[4]["_episode"].all()
-    listed = gym.wrappers.vector.DictInfoToList(make_vec(env_id, bundle_folder))
+    listed = gym.wrappers.vector.DictInfoToList(make_vec(env_id, bundle))
     listed.reset(seed=0)
     assert set(listed.step(listed.action_space.sample())[4][0]["final_info"]) == STEP_INFO
 
 
 @every_id
-def test_video(env_id: str, bundle_folder: Path, tmp_path: Path) -> None:
+def test_video(env_id: str, bundle: Path, tmp_path: Path) -> None:
     env = gym.wrappers.RecordVideo(
-        make(env_id, bundle_folder, render_mode="rgb_array"), str(tmp_path / "video"), disable_logger=True
+        make(env_id, bundle, render_mode="rgb_array"), str(tmp_path / "video"), disable_logger=True
     )
     env.reset(seed=0)
     env.step(env.action_space.sample())
@@ -319,10 +326,10 @@ def test_video(env_id: str, bundle_folder: Path, tmp_path: Path) -> None:
 
 
 @every_id
-def test_step_and_render_need_a_reset(env_id: str, bundle_folder: Path) -> None:
+def test_step_and_render_need_a_reset(env_id: str, bundle: Path) -> None:
     for env in (
-        make_vec(env_id, bundle_folder, render_mode="ansi"),
-        make(env_id, bundle_folder, render_mode="ansi").unwrapped,
+        make_vec(env_id, bundle, render_mode="ansi"),
+        make(env_id, bundle, render_mode="ansi").unwrapped,
     ):
         with pytest.raises(gym.error.ResetNeeded, match="reset"):
             env.step(env.action_space.sample())

@@ -20,7 +20,7 @@ from dsa_gym.agents.base import zoo_defaults
 from dsa_gym.bundle import Bundle
 from dsa_gym.experiments.cli import main
 from dsa_gym.experiments.train import Monitor, TrainConfig, load_run, train
-from dsa_gym.problem import DEFAULT_L0_PENALTY, GatingProblem
+from dsa_gym.problem import GatingProblem
 
 Command = Callable[..., list[str]]
 SCORES = ("loss", "reward", "active_parameters", "density", "normalized_score")
@@ -41,7 +41,8 @@ def test_run_json(runs: list[Path], bundle_folder: Path) -> None:
         "seed": 1,
         "num_envs": 4,
         "granularity": "pathway",
-        "l0_penalty": DEFAULT_L0_PENALTY,
+        "l0_penalty": None,
+        "reward_metric": None,
         "evaluate_every": 128,
         # what was asked for and the defaults that it was run with
         "settings": {

@@ -163,7 +163,7 @@ def test_settings_make_the_same_domain(domain: TextDomain, backbone_folder: Path
 
 
 def test_unknown_domain(backbone_folder: Path) -> None:
-    with pytest.raises(ValueError, match="domain='smell': expected one of text"):
+    with pytest.raises(ValueError, match="domain='smell': expected one of image, recommendation, text"):
         make_domain("smell", {}, backbone_source=str(backbone_folder))
 
 

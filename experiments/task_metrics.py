@@ -1,0 +1,122 @@
+"""Task metrics of a bundle's users: the bare backbone, the shared library, the personal change, and baselines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from dsa_gym import storage
+from dsa_gym.bundle import Bundle
+from dsa_gym.data import read_interactions
+from dsa_gym.domains import take
+from dsa_gym.ladder import bootstrap, interval
+from dsa_gym.metrics.ranking import ndcg_at, precision_at, ranks, recall_at
+from dsa_gym.problem import GatingProblem
+from dsa_gym.recommenders import ItemNeighbours, popularity
+
+
+def task_metrics(
+    bundle: Bundle, split: str = "test", *, interactions: Path | None = None, batch_size: int = 256
+) -> dict[str, Any]:
+    """Measure every task metric of the bundle's domain on a split, under the reference gate where adapters are on.
+
+    Args:
+        bundle: The bundle.
+        split: Its split.
+        interactions: Recommendation only: the file that the bundle was made of. Popularity and item-kNN are then fitted
+            on the interactions of its train users that are not held out, and ranked on the same inputs.
+        batch_size: Rows per forward.
+
+    Returns:
+        Metric to row (``backbone``, ``shared``, ``personal``, baselines) to mean with its 95 % interval, bootstrapped
+        over users; and versions, split and number of inputs.
+
+    Raises:
+        ValueError: If ``split`` is unknown or ``interactions`` is given for another domain.
+    """
+    problem = GatingProblem(bundle, split, device="cpu")
+    domain, mask = problem.model.domain, problem.space.expand(torch.from_numpy(problem.reference_gates()).float())
+    phi = {"backbone": None, "shared": bundle.phi_meta[None], "personal": bundle.phi}
+    scored: dict[str, dict[str, NDArray[np.float64]]] = {name: {} for name in domain.metrics}
+    for metric in domain.metrics:
+        for row, parameters in phi.items():
+            pieces = []
+            for part in torch.arange(len(problem)).split(batch_size):
+                examples = take(bundle.examples, problem.rows[part])
+                users = problem.user[part] if row == "personal" else None
+                masks = None if parameters is None else mask[part]
+                pieces.append(problem.model.metric(metric, examples, parameters, masks, users))
+            scored[metric][row] = torch.cat(pieces).double().numpy()
+    if interactions is not None:
+        if bundle.domain != "recommendation":
+            raise ValueError(f"interactions={str(interactions)!r}: the bundle is of domain {bundle.domain!r}")
+        for row, scores in _baselines(bundle, interactions).items():
+            for metric in domain.metrics:
+                scored[metric][row] = _ranked(problem, metric, scores)
+    users = problem.user.numpy()
+    result: dict[str, Any] = {"bundle": bundle.manifest["data"], "split": split, "inputs": len(problem), "seed": 0}
+    result["metrics"] = {
+        metric: {row: interval(float(values[row].mean()), sample) for row, sample in bootstrap(values, users).items()}
+        for metric, values in scored.items()
+    }
+    return result | {"versions": storage.versions()}
+
+
+Scores = Callable[[list[list[int]]], Tensor]
+
+
+def _baselines(bundle: Bundle, path: Path) -> dict[str, Scores]:
+    """Scores of all items (rows, items) for histories of item indices, by baselines fitted on the train users."""
+    everyone, _ = read_interactions([path], user_core=1, item_core=1)
+    items = {item: index for index, item in enumerate(bundle.make_domain().items)}
+    group = dict(zip(bundle.users, bundle.manifest["groups"], strict=True))
+    held = bundle.manifest["config"]["splits"]["unseen"]
+    trained = []
+    for user in everyone:
+        known = [items[item] for item in user.items if item in items]
+        if group.get(user.user) == "train" and known:
+            trained.append(known[: max(1, len(known) - round(held * len(known)))])
+    if not trained:
+        raise ValueError(f"interactions={str(path)!r}: none of the bundle's {len(group)} users is there")
+    counts, neighbours = popularity(trained, len(items)), ItemNeighbours(trained, len(items))
+    return {
+        "popularity": lambda histories: counts.expand(len(histories), -1),
+        "item-kNN": neighbours.scores,
+    }
+
+
+def _ranked(problem: GatingProblem, metric: str, scores: Scores) -> NDArray[np.float64]:
+    """The metric of a baseline on the problem's inputs, mean over the targets (n,)."""
+    examples = take(problem.bundle.examples, problem.rows)
+    domain: Any = problem.model.domain
+    of = {"ndcg": ndcg_at, "recall": recall_at, "precision": precision_at}[metric.partition("@")[0]]
+    total = torch.zeros(len(problem))
+    tokens, length = examples["tokens"].tolist(), examples["length"].tolist()
+    for step in range(domain.targets):
+        histories = [[t - 1 for t in row[1 : 1 + n + step]] for row, n in zip(tokens, length, strict=True)]
+        table = scores(histories).clone()
+        for row, history in enumerate(histories):
+            table[row, history] = torch.finfo(table.dtype).min
+        target = torch.tensor([row[1 + n + step] - 1 for row, n in zip(tokens, length, strict=True)])
+        total += of(ranks(table, target), int(metric.partition("@")[2]))
+    return (total / domain.targets).double().numpy()
+
+
+def show(result: dict[str, Any], console: Console) -> None:
+    """Print the table."""
+    rows = next(iter(result["metrics"].values()))
+    table = Table(title=f"task metrics, {result['split']}, {result['inputs']} inputs")
+    for name in ("", *rows):
+        table.add_column(name)
+    for metric, values in result["metrics"].items():
+        cells = [f"{v['mean']:.4f} [{v['low']:.4f}, {v['high']:.4f}]" for v in values.values()]
+        table.add_row(metric, *cells)
+    console.print(table)
