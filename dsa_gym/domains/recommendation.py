@@ -55,10 +55,12 @@ class RecommendationDomain:
         "domain": {"history": 8, "targets": 2},
         "splits": {
             "min_examples": 5,
-            "inputs": {"train": 4, "seen": 2, "validation": 6, "test": 6},
+            "inputs": {"train": 12, "seen": 2, "validation": 6, "test": 6},
             "support_inputs": 2,
         },
         "library": {"steps": 400, "users": 64, "query": 12, "validate_every": 50},
+        # a person's few choices are over-fitted fast
+        "adaptation": {"learning_rate": 5e-4, "steps": 40},
     }
 
     def __init__(

@@ -177,6 +177,7 @@ def pretrain_recommendation(
     for name, group in (("seen", "train"), ("unseen", "test")):
         result[name] = _compare(model, trained, [sequence[user] for user in groups[group]], len(items), config.window)
     model.half().save_pretrained(out)
+    (out / "generation_config.json").unlink(missing_ok=True)  # nothing generates with this model
     shown = titles or {}
     period = [min(user.times[0] for user in users), max(user.times[-1] for user in users)]
     storage.write_json(

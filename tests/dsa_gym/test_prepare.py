@@ -255,6 +255,7 @@ def test_manifest(unbroken: Path, data: Path, backbone_folder: Path) -> None:
         "examples_read": 12 * 14 + 2 * 4,
         "examples_unusable": manifest["encoding"]["examples_unusable"],
         "min_examples": 10,
+        "users_of_the_backbone": 0,
     }
     assert len(manifest["users"]) == len(manifest["groups"]) == 12
     assert [manifest["groups"].count(group) for group in ("train", "validation", "test")] == [6, 2, 4]
