@@ -34,7 +34,7 @@ class Frame:
         user: The user's id.
         parts: Readable parts of the input, in order. The last one is the target that the loss scores; those
             before it are its context. For text: `{"prompt": ..., "continuation": ...}`. Empty parts
-            are left out.
+            are left out. A part may be a picture, uint8 (H, W) or (H, W, 3); pictures are shown side by side.
         mask: `(sites, pathways)` share of each pathway's parameters that is on at each site, 0..1.
         site_labels: One label per site, such as `"L0 attn"`.
         layers: Layer index of each site; neighbouring sites of one layer are drawn as a group.
@@ -45,11 +45,11 @@ class Frame:
         gates: The raw decision as text, such as `"01001000"`; may be empty.
 
     Raises:
-        ValueError: If the shapes disagree or the mask leaves 0..1.
+        ValueError: If the shapes disagree, the mask leaves 0..1 or a picture is none.
     """
 
     user: str
-    parts: dict[str, str]
+    parts: dict[str, str | NDArray[np.uint8]]
     mask: NDArray[np.float32]
     site_labels: tuple[str, ...]
     layers: tuple[int, ...]
@@ -68,6 +68,12 @@ class Frame:
                 f"mask has {sites} sites, but there are {len(self.site_labels)} site_labels and "
                 f"{len(self.layers)} layers; expected one of each per site"
             )
+        for name, part in self.parts.items():
+            if not isinstance(part, str) and not _is_picture(part):
+                raise ValueError(
+                    f"parts[{name!r}]: {part.dtype} of shape {part.shape}; expected text or a picture, uint8 (H, W) or "
+                    "(H, W, 3)"
+                )
         if not bool(np.all((self.mask >= 0) & (self.mask <= 1))):
             raise ValueError(f"mask has values from {self.mask.min()} to {self.mask.max()}; expected 0..1")
 
@@ -184,12 +190,25 @@ def _parts(frame: Frame, most: int) -> list[tuple[str, str, bool]]:
     last = next(reversed(frame.parts), None)
     shown = []
     for name, text in frame.parts.items():
+        if not isinstance(text, str):
+            continue
         target = name == last
         if len(text) > _LONGEST_PART:
             text = text[:_LONGEST_PART] + "…" if target else "…" + text[-_LONGEST_PART:]
         if cleaned := _clean(text):
             shown.append((_name(name), cleaned, target))
     return shown[-most:]
+
+
+def _is_picture(part: NDArray[np.uint8]) -> bool:
+    shape = part.shape
+    return part.dtype == np.uint8 and 0 not in shape and (len(shape) == 2 or (len(shape) == 3 and shape[2] == 3))
+
+
+def _pictures(frame: Frame) -> dict[str, Image.Image]:
+    """The parts that are pictures, by name."""
+    parts = frame.parts.items()
+    return {_name(name): Image.fromarray(part) for name, part in parts if not isinstance(part, str)}
 
 
 def _layers(frame: Frame) -> Iterator[tuple[int, list[int]]]:
@@ -223,6 +242,7 @@ def ansi(frame: Frame) -> str:
         wrapped = _wrap(text, width, 4, _columns, "start" if target else "end")
         names = itertools.chain([_fit(name, _GUTTER - 1, _columns)], itertools.repeat(""))
         lines += [_row(next(names), _style(_BOLD if target else _DIM, line)) for line in wrapped]
+    lines += _ansi_pictures(frame)
     lines += [_row("mask", _style(_DIM, f"{sites} sites x {pathways} pathways, P0 first"))]
     lines += _ansi_mask(frame)
     if frame.gates:
@@ -238,6 +258,23 @@ def ansi(frame: Frame) -> str:
             _row("density", f"{outcome.density} on: {outcome.active:,} of {outcome.total:,} parameters"),
         ]
     return "\n".join(lines)
+
+
+_SHADES = "@%#*+=-:. "
+"""Ink to paper."""
+
+
+def _ansi_pictures(frame: Frame) -> list[str]:
+    """Pictures side by side under their names, a character for two pixels above one another."""
+    blocks = []
+    most = (ANSI_WIDTH - _GUTTER) // max(1, len(_pictures(frame))) - 2
+    for name, picture in _pictures(frame).items():
+        width = max(1, min(28, most, picture.width))
+        height = max(1, min(14, round(width * picture.height / picture.width / 2)))
+        grey = np.asarray(picture.convert("L").resize((width, height), Image.Resampling.BOX))
+        rows = ["".join(_SHADES[int(value) * (len(_SHADES) - 1) // 255] for value in row) for row in grey]
+        blocks.append([text.ljust(width) for text in (_fit(name, width, _columns), *rows)])
+    return [_row("", "  ".join(pieces)) for pieces in itertools.zip_longest(*blocks, fillvalue="")]
 
 
 def _style(code: str, text: str) -> str:
@@ -320,7 +357,7 @@ def rgb_array(frame: Frame, *, width: int = 960, height: int = 540) -> NDArray[n
             f"width, height = {width}, {height}: too small to draw; expected at least {MIN_WIDTH}, {MIN_HEIGHT}"
         )
     image = Image.new("RGB", (width, height), _WHITE)
-    pen = _Pen(ImageDraw.Draw(image), min(width / 960, height / 540))
+    pen = _Pen(image, ImageDraw.Draw(image), min(width / 960, height / 540))
     left, right, bottom = pen.px(32), width - pen.px(32), height - pen.px(24)
     top = _draw_title(pen, frame, left, right)
     top = _draw_parts(pen, frame, left, right, top)
@@ -342,6 +379,7 @@ def _font(name: str, size: int) -> ImageFont.FreeTypeFont:
 class _Pen:
     """A drawing and the size of its lettering, relative to a picture of 960 x 540."""
 
+    image: Image.Image
     draw: ImageDraw.ImageDraw
     scale: float
 
@@ -381,7 +419,8 @@ def _draw_title(pen: _Pen, frame: Frame, left: int, right: int) -> int:
 
 def _draw_parts(pen: _Pen, frame: Frame, left: int, right: int, top: int) -> int:
     """The input's parts, wrapped, their names in a gutter. Returns where the next block begins."""
-    parts = _parts(frame, most=4)
+    parts = _parts(frame, most=2 if _pictures(frame) else 4)
+    top = _draw_pictures(pen, frame, left, right, top)
     if not parts:
         return top + pen.px(2)
     font, small, pitch = pen.font(16), pen.font(13), pen.px(23)
@@ -396,6 +435,20 @@ def _draw_parts(pen: _Pen, frame: Frame, left: int, right: int, top: int) -> int
             baseline += pitch
         baseline += pen.px(6)
     return baseline - pitch + pen.px(20)
+
+
+def _draw_pictures(pen: _Pen, frame: Frame, left: int, right: int, top: int) -> int:
+    """Pictures side by side above their names, enlarged without smoothing. Returns where the next block begins."""
+    pictures = _pictures(frame)
+    if not pictures:
+        return top
+    gap, small = pen.px(16), pen.font(13)
+    side = max(8, min(pen.px(112), (right - left - gap * (len(pictures) - 1)) // len(pictures)))
+    for index, (name, picture) in enumerate(pictures.items()):
+        at = left + index * (side + gap)
+        pen.image.paste(picture.convert("RGB").resize((side, side), Image.Resampling.NEAREST), (at, top))
+        pen.text(at, top + side + pen.px(16), _fit(name, side, small.getlength), small, _GREY)
+    return top + side + pen.px(30)
 
 
 def _shade(share: float) -> Colour:

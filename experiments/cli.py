@@ -142,7 +142,6 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--count", type=int, default=10)
     sample.add_argument("--out", type=Path, default=Path("samples.png"))
     sample.add_argument("--seed", type=int, default=0)
-    sample.add_argument("--judge", type=Path, metavar="JSON", help="also judge the style of all test users' samples")
 
     metrics = add("metrics", _metrics, "task metrics of a bundle's users: bare, shared, personalised and gated")
     metrics.add_argument("bundle", help="folder, or a domain's name for its shipped bundle")
@@ -361,8 +360,8 @@ def _sample(parsed: argparse.Namespace) -> None:
     from PIL import Image
 
     from dsa_gym.bundle import Bundle
-    from dsa_gym.experiments.samples import judge_style, sample_sheet
-    from dsa_gym.storage import atomic_path, write_json
+    from dsa_gym.experiments.samples import sample_sheet
+    from dsa_gym.storage import atomic_path
 
     bundle = Bundle.open(parsed.bundle)
     user = parsed.user or bundle.users[bundle.manifest["groups"].index("test")]
@@ -370,10 +369,6 @@ def _sample(parsed: argparse.Namespace) -> None:
     with atomic_path(parsed.out) as temporary:
         Image.fromarray(sheet).save(temporary, format="PNG")
     console.print(f"sheet: {parsed.out}")
-    if parsed.judge:
-        result = judge_style(bundle, seed=parsed.seed)
-        write_json(parsed.judge, result)
-        console.print_json(data=result)
 
 
 def _metrics(parsed: argparse.Namespace) -> None:

@@ -1,7 +1,8 @@
 """Pre-training of the image backbone: ``dsa-gym pretrain image --data FILE --out DIR``.
 
-A class-conditional diffusion transformer on pixels (DiT; Peebles and Xie, 2023) that predicts the noise of a DDPM (Ho et al.,
-2020). Some users are held out altogether, so that a bundle made of the same file has people whom nothing was trained on.
+A class-conditional diffusion transformer on pixels (DiT; Peebles and Xie, 2023) that predicts the noise of a DDPM (Ho
+et al., 2020). Some users are held out altogether, so that a bundle made of the same file has people whom nothing was
+trained on.
 """
 
 from __future__ import annotations
@@ -107,7 +108,7 @@ def pretrain_image(
         checkpoint_every: Optimiser steps between checkpoints and measurements on the validation users.
 
     Returns:
-        ``seen`` and ``unseen``: mean squared error of the predicted noise, for users trained on and not, and
+        ``seen`` and ``unseen``: mean squared error of the denoised image, for users trained on and not, and
         ``validation_loss``; all at the noise levels that :class:`ImageDomain` fixes.
 
     Raises:
@@ -206,14 +207,14 @@ license: apache-2.0
 ---
 # dsa-gym image backbone
 
-A class-conditional diffusion transformer (DiT) of {parameters:,} parameters ({layers} layers, width {width}, {heads} heads,
-patches of {patch} pixels) over images of {size} x {size} pixels and {conditions} conditions, the frozen model of the image
-domain. It is small on purpose: personalisation research that runs on two cores.
+A class-conditional diffusion transformer (DiT) of {parameters:,} parameters ({layers} layers, width {width}, {heads}
+heads, patches of {patch} pixels) over images of {size} x {size} pixels and {conditions} conditions, the frozen model of
+the image domain. It is small on purpose: personalisation research that runs on two cores.
 
-- Trained on {images:,} images of {users} users: at most {steps} steps of {batch_size} images, {timesteps} noise levels, AdamW,
-  peak learning rate {learning_rate}, weight decay {weight_decay}, seed {seed}; the weights are those that were best on the
-  validation users ({validation:.0%}).
-- Mean squared error of the predicted noise, fp16 weights as shipped: {unseen:.4f} on users it was not trained on, {seen:.4f}
-  on those that it was.
+- Trained on {images:,} images of {users} users: at most {steps} steps of {batch_size} images, {timesteps} noise levels,
+  AdamW, peak learning rate {learning_rate}, weight decay {weight_decay}, seed {seed}; the weights are those that were
+  best on the validation users ({validation:.0%}).
+- Mean squared error of the denoised image, fp16 weights as shipped: {unseen:.4f} on users it was not trained on,
+  {seen:.4f} on those that it was.
 - Re-made by `dsa-gym pretrain image`; `pretrain.json` has the configuration, the checksums and the versions.
 """

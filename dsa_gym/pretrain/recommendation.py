@@ -1,8 +1,8 @@
 """Pre-training of the recommendation backbone: ``dsa-gym pretrain recommendation --data FILE --out DIR``.
 
 A SASRec-style causal transformer over item ids (Kang and McAuley, 2018), built as a Hugging Face GPT-2 and trained with
-the next-item cross-entropy over the full catalogue. Some users are held out altogether, so that a bundle made of the same
-file has people whom nothing was trained on; of the others the latest interactions are held out.
+the next-item cross-entropy over the full catalogue. Some users are held out altogether, so that a bundle made of the
+same file has people whom nothing was trained on; of the others the latest interactions are held out.
 """
 
 from __future__ import annotations
@@ -246,12 +246,13 @@ license: apache-2.0
 ---
 # dsa-gym recommendation backbone
 
-A SASRec-style causal transformer of {parameters:,} parameters ({layers} layers, width {width}, {heads} heads) over {items:,}
-items, the frozen model of the recommendation domain. Token 0 begins a sequence, token i + 1 is item i of `items.json`.
+A SASRec-style causal transformer of {parameters:,} parameters ({layers} layers, width {width}, {heads} heads) over
+{items:,} items, the frozen model of the recommendation domain. Token 0 begins a sequence, token i + 1 is item i of
+`items.json`.
 
-- Trained on {users:,} users without the latest {latest:.0%} of their interactions: at most {steps} steps of {batch_size}
-  sequences of {window} items, dropout {dropout}, AdamW, peak learning rate {learning_rate}, weight decay {weight_decay}, seed
-  {seed}; the weights are those that were best on the validation users ({validation:.0%}).
+- Trained on {users:,} users without the latest {latest:.0%} of their interactions: at most {steps} steps of
+  {batch_size} sequences of {window} items, dropout {dropout}, AdamW, peak learning rate {learning_rate}, weight decay
+  {weight_decay}, seed {seed}; the weights are those that were best on the validation users ({validation:.0%}).
 - Each user's last item in the full ranking, without what the user has chosen before; fp16 weights as shipped:
 
 | | users | NDCG@{k} | recall@{k} | precision@{k} |

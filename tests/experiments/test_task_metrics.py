@@ -54,17 +54,17 @@ def test_text_metrics_are_those_of_greedy_continuations(bundle_folder: Path) -> 
 
 @pytest.mark.parametrize("metric", ["ndcg@5", "rougeL", ""])
 def test_unknown_reward_metric(recommendation_bundle: Path, metric: str) -> None:
-    with pytest.raises(ValueError, match="reward_metric=.*one of ndcg@10, recall@10, precision@10"):
+    with pytest.raises(ValueError, match=r"reward_metric=.*one of ndcg@10, recall@10, precision@10"):
         GatingProblem(Bundle.open(recommendation_bundle), reward_metric=metric)
 
 
 def test_no_gradient_reaches_a_metric(recommendation_bundle: Path) -> None:
     problem = GatingProblem(Bundle.open(recommendation_bundle), reward_metric="ndcg@10")
     assert problem.table is None and problem.l0_penalty == 0.0 and problem.support().reward_metric == "ndcg@10"
-    with pytest.raises(ValueError, match="reward_metric='ndcg@10': no gradient reaches it"):
+    with pytest.raises(ValueError, match=r"reward_metric='ndcg@10': no gradient reaches it"):
         problem.relaxed_losses(torch.arange(2), torch.ones(2, problem.gates))
 
 
 def test_interactions_of_another_domain(image_bundle: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="interactions=.*the bundle is of domain 'image'"):
+    with pytest.raises(ValueError, match=r"interactions=.*the bundle is of domain 'image'"):
         task_metrics(Bundle.open(image_bundle), interactions=tmp_path / "x.csv")

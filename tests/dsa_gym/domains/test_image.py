@@ -106,7 +106,8 @@ def reference_losses(domain: ImageDomain, model: nn.Module, examples: Examples) 
             label = examples["label"][row : row + 1].long()
             with torch.no_grad():
                 predicted = model(noised, timestep=torch.tensor([t]), class_labels=label).sample
-            losses[row, j] = np.mean((predicted[0, : domain.channels].double().numpy() - noise) ** 2)
+            error = (predicted[0, : domain.channels].double().numpy() - noise) * np.sqrt(1 / kept[t] - 1)
+            losses[row, j] = np.mean(error**2)
     return losses
 
 
@@ -163,14 +164,14 @@ def test_draws_are_what_they_were(domain: ImageDomain) -> None:
     """Bundles store indices: another draw, or other noise behind an index, would change what they measured."""
     image = (np.arange(SIZE * SIZE, dtype=np.uint8)).reshape(SIZE, SIZE)
     examples, _ = domain.encode([ImageExample(image, "star")])
-    assert (examples["timestep"].tolist(), examples["noise"].tolist()) == ([[354, 538]], [[189, 142]])
+    assert (examples["timestep"].tolist(), examples["noise"].tolist()) == ([[204, 388]], [[189, 142]])
     torch.testing.assert_close(domain.noise_bank[0, 0, 0, :3], torch.tensor([1.7640524, 0.4001572, 0.978738]))
 
 
 @given(draws=st.sampled_from([2, 4, 6]), timesteps=st.integers(6, 1000), seed=st.integers(0, 2**32 - 1))
 def test_timesteps_are_stratified(draws: int, timesteps: int, seed: int) -> None:
     scheduler = diffusers.DDPMScheduler(num_train_timesteps=timesteps)
-    domain = ImageDomain(scheduler, CONDITIONS, channels=1, size=SIZE, draws=draws, seed=seed)
+    domain = ImageDomain(scheduler, CONDITIONS, channels=1, size=SIZE, draws=draws, levels=(0, 1), seed=seed)
     examples, _ = domain.encode(draw(3, seed=seed))
     part = torch.arange(draws)
     assert (examples["timestep"] >= part * timesteps // draws).all()
@@ -178,18 +179,18 @@ def test_timesteps_are_stratified(draws: int, timesteps: int, seed: int) -> None
     assert ((examples["noise"] >= 0) & (examples["noise"] < BANK)).all()
 
 
-def test_draws_cover_the_schedule_and_the_bank(domain: ImageDomain) -> None:
+def test_draws_cover_the_levels_and_the_bank(domain: ImageDomain) -> None:
     examples, _ = domain.encode(draw(400))
     for j in range(2):
-        # 400 uniform draws from 500: the mean is within four standard errors
-        assert abs(float(examples["timestep"][:, j].double().mean()) - (249.5 + 500 * j)) < 4 * 144 / 20
+        # 400 uniform draws from 250: the mean is within four standard errors
+        assert abs(float(examples["timestep"][:, j].double().mean()) - (224.5 + 250 * j)) < 4 * 72 / 20
     assert len(examples["noise"].unique()) > 400
 
 
 @pytest.mark.parametrize(
     ("changes", "draws"), [({}, 2), ({}, 4), ({"out_channels": 2}, 2), ({"in_channels": 3, "out_channels": 6}, 2)]
 )
-def test_losses_are_the_mean_squared_error_of_the_noise(write: Write, changes: dict[str, Any], draws: int) -> None:
+def test_losses_are_the_mean_squared_error_of_the_image(write: Write, changes: dict[str, Any], draws: int) -> None:
     folder = write(**changes)
     domain = ImageDomain.build(str(folder), draws=draws)
     backbone = Backbone.load(folder)
