@@ -14,7 +14,7 @@ import unicodedata
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, NamedTuple, TypeGuard
 
 import matplotlib
 import numpy as np
@@ -34,7 +34,8 @@ class Frame:
         user: The user's id.
         parts: Readable parts of the input, in order. The last one is the target that the loss scores; those
             before it are its context. For text: `{"prompt": ..., "continuation": ...}`. Empty parts
-            are left out. A part may be a picture, uint8 (H, W) or (H, W, 3); pictures are shown side by side.
+            are left out. Where room is short, the first of several keeps its end, the others their beginning. A
+            part may be a picture, uint8 `(H, W)` or `(H, W, 3)`: all pictures are shown, side by side.
         mask: `(sites, pathways)` share of each pathway's parameters that is on at each site, 0..1.
         site_labels: One label per site, such as `"L0 attn"`.
         layers: Layer index of each site; neighbouring sites of one layer are drawn as a group.
@@ -70,10 +71,8 @@ class Frame:
             )
         for name, part in self.parts.items():
             if not isinstance(part, str) and not _is_picture(part):
-                raise ValueError(
-                    f"parts[{name!r}]: {part.dtype} of shape {part.shape}; expected text or a picture, uint8 (H, W) or "
-                    "(H, W, 3)"
-                )
+                kind = f"{part.dtype} of shape {part.shape}" if isinstance(part, np.ndarray) else type(part).__name__
+                raise ValueError(f"parts[{name!r}]: {kind}; expected text or a picture, uint8 (H, W) or (H, W, 3)")
         if not bool(np.all((self.mask >= 0) & (self.mask <= 1))):
             raise ValueError(f"mask has values from {self.mask.min()} to {self.mask.max()}; expected 0..1")
 
@@ -181,34 +180,55 @@ def _wrap(text: str, width: float, lines: int, measure: Measure, keep: Keep = "s
         return wrapped
     if keep == "start":
         return [*wrapped[: lines - 1], _fit(wrapped[lines - 1] + "…", width, measure)]
+    if lines == 1:  # the last of the wrapped lines may be a single word
+        return [_fit("…" + piece, width, measure, "end")]
     first, *others = wrapped[-lines:]
     return [_fit("…" + first, width, measure, "end"), *others]
 
 
-def _parts(frame: Frame, most: int) -> list[tuple[str, str, bool]]:
-    """The last `most` parts that hold text, as (name, text, whether it is the target)."""
+class _Text(NamedTuple):
+    """A part that holds text, clean. The target is what the loss scores; `keep` says which end outlives a cut."""
+
+    name: str
+    text: str
+    target: bool
+    keep: Keep
+
+
+def _texts(frame: Frame, most: int) -> list[_Text]:
+    """The last `most` parts that hold text."""
     last = next(reversed(frame.parts), None)
-    shown = []
+    shown: list[_Text] = []
     for name, text in frame.parts.items():
         if not isinstance(text, str):
             continue
-        target = name == last
+        # What comes first is the past, whose end is nearest; a ranking or a model's text begins with what matters.
+        keep: Keep = "start" if shown or name == last else "end"
         if len(text) > _LONGEST_PART:
-            text = text[:_LONGEST_PART] + "…" if target else "…" + text[-_LONGEST_PART:]
+            text = text[:_LONGEST_PART] + "…" if keep == "start" else "…" + text[-_LONGEST_PART:]
         if cleaned := _clean(text):
-            shown.append((_name(name), cleaned, target))
+            shown.append(_Text(_name(name), cleaned, name == last, keep))
     return shown[-most:]
 
 
-def _is_picture(part: NDArray[np.uint8]) -> bool:
-    shape = part.shape
-    return part.dtype == np.uint8 and 0 not in shape and (len(shape) == 2 or (len(shape) == 3 and shape[2] == 3))
+class _Picture(NamedTuple):
+    """A part that is a picture."""
+
+    name: str
+    image: Image.Image
+    target: bool
 
 
-def _pictures(frame: Frame) -> dict[str, Image.Image]:
-    """The parts that are pictures, by name."""
+def _is_picture(part: Any) -> TypeGuard[NDArray[np.uint8]]:
+    if not isinstance(part, np.ndarray) or part.dtype != np.uint8 or 0 in part.shape:
+        return False
+    return part.ndim == 2 or (part.ndim == 3 and part.shape[2] == 3)
+
+
+def _pictures(frame: Frame) -> list[_Picture]:
+    last = next(reversed(frame.parts), None)
     parts = frame.parts.items()
-    return {_name(name): Image.fromarray(part) for name, part in parts if not isinstance(part, str)}
+    return [_Picture(_name(name), Image.fromarray(part), name == last) for name, part in parts if _is_picture(part)]
 
 
 def _layers(frame: Frame) -> Iterator[tuple[int, list[int]]]:
@@ -232,14 +252,15 @@ def ansi(frame: Frame) -> str:
 
     Returns:
         Lines of at most 100 columns with ANSI colours: the user, the parts of the input (context dim, target
-        bold), the mask with one row per layer (full, half and empty blocks for pathways that are on, partly
-        on and off), the gates, and the reward with its parts in nats. No newline at the end.
+        bold; pictures as blocks of at most 28 columns and 14 lines, dark pixels dense), the mask with one row per
+        layer (full, half and empty blocks for pathways that are on, partly on and off), the gates, and the reward
+        with its parts in nats. No newline at the end.
     """
     sites, pathways = frame.mask.shape
     width = ANSI_WIDTH - _GUTTER
     lines = [_row("user", _style(_BOLD, _fit(_name(frame.user), width, _columns)))]
-    for name, text, target in _parts(frame, most=6):
-        wrapped = _wrap(text, width, 4, _columns, "start" if target else "end")
+    for name, text, target, keep in _texts(frame, most=6):
+        wrapped = _wrap(text, width, 4, _columns, keep)
         names = itertools.chain([_fit(name, _GUTTER - 1, _columns)], itertools.repeat(""))
         lines += [_row(next(names), _style(_BOLD if target else _DIM, line)) for line in wrapped]
     lines += _ansi_pictures(frame)
@@ -262,19 +283,37 @@ def ansi(frame: Frame) -> str:
 
 _SHADES = "@%#*+=-:. "
 """Ink to paper."""
+_PICTURE_WIDTH, _PICTURE_HEIGHT, _PICTURES_PER_ROW = 28, 14, 3
 
 
 def _ansi_pictures(frame: Frame) -> list[str]:
-    """Pictures side by side under their names, a character for two pixels above one another."""
-    blocks = []
-    most = (ANSI_WIDTH - _GUTTER) // max(1, len(_pictures(frame))) - 2
-    for name, picture in _pictures(frame).items():
-        width = max(1, min(28, most, picture.width))
-        height = max(1, min(14, round(width * picture.height / picture.width / 2)))
-        grey = np.asarray(picture.convert("L").resize((width, height), Image.Resampling.BOX))
-        rows = ["".join(_SHADES[int(value) * (len(_SHADES) - 1) // 255] for value in row) for row in grey]
-        blocks.append([text.ljust(width) for text in (_fit(name, width, _columns), *rows)])
-    return [_row("", "  ".join(pieces)) for pieces in itertools.zip_longest(*blocks, fillvalue="")]
+    """Pictures side by side under their names; what does not fit goes on in the next row."""
+    pictures = _pictures(frame)
+    lines: list[str] = []
+    for first in range(0, len(pictures), _PICTURES_PER_ROW):
+        names, blocks = "", []
+        for name, image, target in pictures[first : first + _PICTURES_PER_ROW]:
+            block = _ansi_picture(image)
+            fitted = _fit(name, _PICTURE_WIDTH, _columns)
+            width = max(len(block[0]), _columns(fitted))
+            names += _style(_BOLD if target else _DIM, fitted) + " " * (width + 1 - _columns(fitted))
+            blocks.append([row.ljust(width) for row in block])
+        height = max(map(len, blocks))
+        lines += [_row("", names.rstrip())]
+        lines += [
+            _row("", " ".join(block[y] if y < len(block) else " " * len(block[0]) for block in blocks))
+            for y in range(height)
+        ]
+    return lines
+
+
+def _ansi_picture(image: Image.Image) -> list[str]:
+    """Lines of characters, each of which stands for a place twice as high as wide."""
+    ratio = min(1.0, _PICTURE_WIDTH / image.width, 2 * _PICTURE_HEIGHT / image.height)
+    size = max(1, round(ratio * image.width)), max(1, round(ratio * image.height / 2))
+    grey = np.asarray(image.convert("L").resize(size, Image.Resampling.BOX), dtype=np.float32)
+    shades = np.rint(grey / 255 * (len(_SHADES) - 1)).astype(int)
+    return ["".join(_SHADES[shade] for shade in row) for row in shades.tolist()]
 
 
 def _style(code: str, text: str) -> str:
@@ -399,6 +438,11 @@ class _Pen:
         if right > left and bottom > top:
             self.draw.rectangle((left, top, right - 1, bottom - 1), fill=fill)
 
+    def picture(self, left: int, top: int, picture: Image.Image) -> None:
+        """Pastes a picture, with an outline of one pixel around it: its paper may be as white as ours."""
+        self.box(left - 1, top - 1, left + picture.width + 1, top + picture.height + 1, _RULE)
+        self.image.paste(picture.convert("RGB"), (left, top))
+
 
 def _draw_title(pen: _Pen, frame: Frame, left: int, right: int) -> int:
     """The user at the left, the raw decision at the right. Returns where the next block begins."""
@@ -417,38 +461,66 @@ def _draw_title(pen: _Pen, frame: Frame, left: int, right: int) -> int:
     return rule + pen.px(16)
 
 
+_ALL_LINES = 6
+_MOST_LINES = {0: (), 1: (4,), 2: (3, 2), 3: (4, 3, 2), 4: (1, 1, 1, 2)}
+"""Lines of each text by the number of texts; more than six together would leave the reward no room."""
+
+
+def _share_lines(texts: list[_Text], most: tuple[int, ...], width: float, measure: Measure) -> list[list[str]]:
+    """Wraps texts: the last takes the lines it needs first, and each leaves one for every text above it."""
+    wrapped: list[list[str]] = []
+    room = _ALL_LINES
+    for above in reversed(range(len(texts))):
+        text = texts[above]
+        wrapped.insert(0, _wrap(text.text, width, min(most[above], room - above), measure, text.keep))
+        room -= len(wrapped[0])
+    return wrapped
+
+
 def _draw_parts(pen: _Pen, frame: Frame, left: int, right: int, top: int) -> int:
     """The input's parts, wrapped, their names in a gutter. Returns where the next block begins."""
-    parts = _parts(frame, most=2 if _pictures(frame) else 4)
-    top = _draw_pictures(pen, frame, left, right, top)
-    if not parts:
+    pictures = _pictures(frame)
+    texts = _texts(frame, most=2 if pictures else 4)
+    if not texts and not pictures:
         return top + pen.px(2)
     font, small, pitch = pen.font(16), pen.font(13), pen.px(23)
     text_at = left + pen.px(124)
-    lines = {1: 4, 2: 3}.get(len(parts), 1)
     baseline = top + pen.px(15)
-    for name, text, target in parts:
-        most = 2 if target and len(parts) > 1 else lines
-        pen.text(left, baseline, _fit(name, pen.px(112), small.getlength), small, _GREY)
-        for line in _wrap(text, right - text_at, most, font.getlength, "start" if target else "end"):
-            pen.text(text_at, baseline, line, font, _INK if target else _GREY)
+    most = (1, 1) if pictures else _MOST_LINES[len(texts)]
+    for text, lines in zip(texts, _share_lines(texts, most, right - text_at, font.getlength), strict=True):
+        pen.text(left, baseline, _fit(text.name, pen.px(112), small.getlength), small, _GREY)
+        for line in lines:
+            pen.text(text_at, baseline, line, font, _INK if text.target else _GREY)
             baseline += pitch
         baseline += pen.px(6)
+    if pictures:
+        # No lower than six lines of text reach, so that the reward below always has its room.
+        return _draw_pictures(pen, pictures, (text_at, baseline, right, top + pen.px(164))) + pen.px(16)
     return baseline - pitch + pen.px(20)
 
 
-def _draw_pictures(pen: _Pen, frame: Frame, left: int, right: int, top: int) -> int:
-    """Pictures side by side above their names, enlarged without smoothing. Returns where the next block begins."""
-    pictures = _pictures(frame)
-    if not pictures:
-        return top
-    gap, small = pen.px(16), pen.font(13)
-    side = max(8, min(pen.px(112), (right - left - gap * (len(pictures) - 1)) // len(pictures)))
-    for index, (name, picture) in enumerate(pictures.items()):
-        at = left + index * (side + gap)
-        pen.image.paste(picture.convert("RGB").resize((side, side), Image.Resampling.NEAREST), (at, top))
-        pen.text(at, top + side + pen.px(16), _fit(name, side, small.getlength), small, _GREY)
-    return top + side + pen.px(30)
+def _draw_pictures(pen: _Pen, pictures: list[_Picture], area: tuple[int, int, int, int]) -> int:
+    """Pictures side by side under their names, whose baseline is the area's top. Returns where they end.
+
+    Pixels become squares of whole pixels; only a picture too large for its place is made smaller.
+    """
+    left, baseline, right, bottom = area
+    small, top = pen.font(13), baseline + pen.px(7)
+    place = (right - left) / len(pictures)
+    gap = min(pen.px(16), int(place / 4))
+    x, end = left, top
+    for name, image, target in pictures:
+        most = max(1, int(place) - gap)
+        ratio = min(most / image.width, max(1, bottom - top) / image.height)
+        ratio = math.floor(ratio) if ratio >= 1 else ratio
+        size = max(1, round(ratio * image.width)), max(1, round(ratio * image.height))
+        fitted = _fit(name, most, small.getlength)
+        x = min(x, right - size[0])
+        pen.text(x, baseline, fitted, small, _INK if target else _GREY)
+        pen.picture(x, top, image.resize(size, Image.Resampling.NEAREST if ratio >= 1 else Image.Resampling.BOX))
+        x += gap + max(size[0], min(most, math.ceil(small.getlength(fitted))))
+        end = max(end, top + size[1])
+    return end
 
 
 def _shade(share: float) -> Colour:

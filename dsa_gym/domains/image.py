@@ -95,7 +95,7 @@ class ImageDomain:
         channels: int,
         size: int,
         draws: int = 2,
-        levels: Sequence[float] = (0.1, 0.6),
+        levels: Sequence[float] = (0.45, 0.75),
         seed: int = 0,
     ) -> None:
         """Set the noise; see the class for the arguments.

@@ -23,6 +23,9 @@ Token ``i + 1`` is item i, token 0 begins a sequence.
 MOMENTS = 16
 """Numbers that describe when a choice is made."""
 
+MOMENT_SCALE = 10.0
+"""Their size, large beside that of normalised states: principal components are to keep them."""
+
 SHOWN = 10
 """Length of the lists that are shown, and the default k of the metrics."""
 
@@ -208,8 +211,7 @@ class RecommendationDomain:
         end = chosen[-1].gather(1, length[..., None].expand(-1, -1, chosen[-1].shape[-1]))[:, 0]
         centres = torch.linspace(0, 1, MOMENTS, device=tokens.device)
         bumps = torch.exp(-0.5 * ((examples["moment"][:, None] - centres) * (MOMENTS - 1)) ** 2)
-        states_and_end = torch.cat([*means, end], dim=1)
-        return torch.cat([states_and_end, bumps * states_and_end.std() * states_and_end.shape[1] ** 0.5], dim=1)
+        return torch.cat([*means, end, bumps * MOMENT_SCALE], dim=1)
 
     def _scores(self, model: nn.Module, examples: Examples) -> tuple[Tensor, Tensor]:
         """Scores of all items (rows, targets, items), those chosen before last, and the targets' index."""

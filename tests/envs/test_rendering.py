@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from dsa_gym.envs.rendering import ANSI_WIDTH, NO_DECISION, Frame, ansi, rgb_array
 
@@ -41,6 +42,17 @@ def make_frame(layers: int = 4, per_layer: int = 2, pathways: int = 8, **changes
     return Frame(**(arguments | changes))
 
 
+def picture(height: int, width: int, *channels: int, seed: int = 0) -> NDArray[np.uint8]:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, *channels), dtype=np.uint8)
+
+
+TITLES = [f"The Lantern of Harbour Street {i} (19{50 + i})" for i in range(10)]
+PICTURES: dict[str, Any] = {
+    "condition": "Latin/a",
+    "noised": picture(28, 28, seed=1),
+    "denoised": picture(28, 28, seed=2),
+    "image": picture(28, 28, seed=3),
+}
 UNDECIDED: dict[str, Any] = {"loss": None, "penalty": None, "active_parameters": None, "gates": ""}
 FRAMES = {
     "usual": make_frame(),
@@ -59,6 +71,17 @@ FRAMES = {
     "no parts": make_frame(parts={}),
     "empty part": make_frame(parts={"prompt": "", "continuation": " \n"}),
     "many parts": make_frame(parts={f"item {i}": f"film {i}" for i in range(30)}),
+    "three lists": make_frame(parts={name: "; ".join(TITLES) for name in ("history", "top 10", "next")}),
+    "pictures": make_frame(parts=PICTURES),
+    "a picture before the first step": make_frame(
+        parts={"condition": "Latin/a", "image": picture(28, 28)}, **UNDECIDED
+    ),
+    "pictures of all sizes": make_frame(
+        parts={"a": picture(1, 1), "b": picture(300, 700, 3), "c": picture(700, 2), "d": picture(2, 700, 3)}
+    ),
+    "many pictures": make_frame(parts={"a": LONG, "b": LONG} | {f"p{i}": picture(28, 28, 3) for i in range(30)}),
+    "a picture of a strange name": make_frame(parts={STRANGE: picture(9, 9), LONG: picture(9, 9), "": picture(9, 9)}),
+    "a picture, then text": make_frame(parts={"image": picture(28, 28, 3), "caption": LONG}),
     "empty user": make_frame(user="", gates=""),
     "no parameters": make_frame(loss=0.0, penalty=0.0, active_parameters=0, total_parameters=0),
     "negative loss": make_frame(loss=-3.0),
@@ -125,6 +148,7 @@ def test_every_cell_of_the_mask_is_seen(shape: tuple[int, int, int]) -> None:
         {"user": "bob"},
         {"parts": {"prompt": PROMPT, "continuation": "something else"}},
         {"parts": {"prompt": "something else", "continuation": CONTINUATION}},
+        {"parts": PICTURES},
         {"loss": 3.0},
         {"penalty": 0.5},
         {"active_parameters": 20_000},
@@ -205,6 +229,12 @@ def test_long_text_costs_no_more_than_what_is_shown() -> None:
         ({"mask": np.zeros((8, 0), np.float32)}, "mask has shape"),
         ({"mask": np.zeros((7, 8), np.float32)}, "mask has 7 sites, but there are 8 site_labels"),
         ({"layers": (0, 1)}, "2 layers"),
+        ({"parts": {"image": picture(8, 8).astype(np.float32)}}, r"parts\['image'\]: float32 of shape \(8, 8\)"),
+        ({"parts": {"image": picture(8, 8, 4)}}, r"uint8 of shape \(8, 8, 4\); expected text or a picture"),
+        ({"parts": {"image": picture(8, 8, 1)}}, r"shape \(8, 8, 1\)"),
+        ({"parts": {"image": picture(1, 8, 8, 3)}}, r"shape \(1, 8, 8, 3\)"),
+        ({"parts": {"image": picture(8, 0)}}, r"shape \(8, 0\)"),
+        ({"parts": {"prompt": PROMPT, "image": None}}, r"parts\['image'\]: NoneType"),
         ({"mask": np.full((8, 8), 1.5, np.float32)}, r"1\.5; expected 0\.\.1"),
         ({"mask": np.full((8, 8), np.nan, np.float32)}, r"expected 0\.\.1"),
     ],
@@ -220,3 +250,103 @@ def test_any_text(user: str, prompt: str, continuation: str) -> None:
     frame = make_frame(user=user, parts={"prompt": prompt, "continuation": continuation})
     assert rgb_array(frame, width=320, height=180).shape == (180, 320, 3)
     assert max(columns(line) for line in plain(ansi(frame)).split("\n")) <= ANSI_WIDTH
+
+
+def contains(whole: NDArray[np.uint8], piece: NDArray[np.uint8]) -> bool:
+    height, width = piece.shape[:2]
+    corners = np.argwhere((whole == piece[0, 0]).all(-1))
+    return any(np.array_equal(whole[y : y + height, x : x + width], piece) for y, x in corners)
+
+
+@pytest.mark.parametrize(
+    ("size", "scale"), [((960, 540), 4), ((320, 180), 1), ((1920, 1080), 8), ((400, 900), 1), ((640, 360), 2)]
+)
+def test_pictures_are_drawn_pixel_by_pixel(size: tuple[int, int], scale: int) -> None:
+    whole = rgb_array(make_frame(parts=PICTURES), width=size[0], height=size[1])
+    for name in ("noised", "denoised", "image"):
+        enlarged = np.kron(PICTURES[name], np.ones((scale, scale), np.uint8))
+        assert contains(whole, np.repeat(enlarged[..., None], 3, axis=2)), name
+
+
+def test_picture_keeps_its_colours_and_its_shape() -> None:
+    image = picture(10, 35, 3)
+    enlarged = image.repeat(7, axis=0).repeat(7, axis=1)
+    assert contains(rgb_array(make_frame(parts={"one": image, "two": picture(20, 5), "image": image})), enlarged)
+
+
+@pytest.mark.parametrize("texts", [0, 1, 2])
+@pytest.mark.parametrize("shape", [(28, 28), (1, 1), (512, 512, 3), (700, 2), (31, 17)])
+def test_pictures_leave_the_reward_its_room(texts: int, shape: tuple[int, ...]) -> None:
+    parts: dict[str, Any] = {f"text {i}": LONG for i in range(texts)} | {"image": picture(*shape)}
+    least = rgb_array(make_frame(parts=parts))
+    assert (least[-20:] == 255).all(), "something runs over the lower edge"
+
+
+def picture_lines(text: str, rows: int) -> list[str]:
+    lines = plain(text).split("\n")
+    end = next(i for i, line in enumerate(lines) if line.startswith("mask"))
+    return lines[end - rows - 1 : end]
+
+
+def test_terminal_pictures_stand_side_by_side_under_their_names() -> None:
+    white, black = np.full((28, 28), 255, np.uint8), np.zeros((28, 28, 3), np.uint8)
+    half = np.vstack([black[:14], np.full((14, 28, 3), 255, np.uint8)])
+    text = ansi(make_frame(parts={"condition": "Latin/a", "black": black, "white": white, "half": half}))
+    names, *rows = picture_lines(text, 14)
+    starts = [names.index(name) for name in ("black", "white", "half")]
+    for y, row in enumerate(rows):
+        assert [row[x : x + 28] for x in starts] == ["@" * 28, " " * 28, ("@" if y < 7 else " ") * 28]
+        assert row in text.split("\n"), "a picture holds escape codes"
+    assert "Latin/a" in text
+
+
+def test_terminal_pictures_of_several_heights_stay_in_their_columns() -> None:
+    low, high = np.zeros((4, 28), np.uint8), np.zeros((56, 10), np.uint8)
+    names, *rows = picture_lines(ansi(make_frame(parts={"low": low, "the high one": high, "low again": low})), 14)
+    for name, lines in (("low", 2), ("the high one", 14), ("low again", 2)):
+        inked = [row[names.index(name)] == "@" for row in rows]
+        assert inked == [True] * lines + [False] * (14 - lines)
+
+
+@settings(max_examples=30)
+@given(st.lists(st.tuples(st.integers(1, 90), st.integers(1, 90), st.booleans()), min_size=1, max_size=3))
+def test_terminal_pictures_of_any_size(shapes: list[tuple[int, int, bool]]) -> None:
+    parts = {f"p{i}": np.zeros((h, w, 3) if colour else (h, w), np.uint8) for i, (h, w, colour) in enumerate(shapes)}
+    lines = plain(ansi(make_frame(parts=parts))).split("\n")
+    start = next(i for i, line in enumerate(lines) if "p0" in line)
+    end = next(i for i, line in enumerate(lines) if line.startswith("mask"))
+    assert all(f"p{i}" in lines[start] for i in range(len(shapes)))
+    assert 1 <= end - start - 1 <= 14
+    assert max(len(run) for line in lines[start + 1 : end] for run in line.split()) <= 28
+
+
+def test_all_pictures_are_shown_even_of_the_same_name() -> None:
+    parts: dict[str, Any] = {"image" + "\t" * i: np.zeros((2, 2), np.uint8) for i in range(7)}
+    assert plain(ansi(make_frame(parts=parts))).count("image") == 7
+    assert (rgb_array(make_frame(parts=parts)) != rgb_array(make_frame(parts=dict(list(parts.items())[1:])))).any()
+
+
+def test_ranking_between_history_and_target_keeps_its_beginning() -> None:
+    parts: dict[str, Any] = {
+        "history": "OLDEST; " + LONG + "NEWEST",
+        "top 10": "FIRST; " + LONG + "; LAST",
+        "next": "TARGET",
+    }
+    text = plain(ansi(make_frame(parts=parts)))
+    for shown in ("NEWEST", "FIRST", "TARGET"):
+        assert shown in text
+    for cut in ("OLDEST", "LAST"):
+        assert cut not in text
+
+
+def test_three_lists_share_the_lines_there_are() -> None:
+    def drawn(history: str, ranking: str) -> NDArray[np.uint8]:
+        return rgb_array(make_frame(parts={"history": history, "top 10": ranking, "next": TITLES[0]}))
+
+    titles = [title.removeprefix("The ")[:20] for title in TITLES]
+    whole = drawn("; ".join(titles), "; ".join(titles))
+    for i in range(len(titles)):
+        changed = "; ".join([*titles[:i], titles[i].upper(), *titles[i + 1 :]])
+        assert (drawn("; ".join(titles), changed) != whole).any(), f"place {i + 1} of the ranking is not seen"
+        if i >= 5:
+            assert (drawn(changed, "; ".join(titles)) != whole).any(), f"place {i + 1} of the history is not seen"
