@@ -7,10 +7,14 @@ from collections.abc import Sequence
 import numpy as np
 import scipy.sparse as sp
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+Items = Sequence[int] | NDArray[np.int64]
+"""Indices of a user's items in time order."""
 
-def popularity(sequences: Sequence[Sequence[int]], items: int) -> Tensor:
+
+def popularity(sequences: Sequence[Items], items: int) -> Tensor:
     """How often each item was chosen, float32 (items,): the same scores for everybody."""
     return torch.from_numpy(np.bincount(np.concatenate(sequences), minlength=items).astype(np.float32))
 
@@ -25,9 +29,7 @@ class ItemNeighbours:
         similarity: Sparse (items, items), zero on the diagonal.
     """
 
-    def __init__(
-        self, sequences: Sequence[Sequence[int]], items: int, *, shrink: float = 10.0, latest: int = 5
-    ) -> None:
+    def __init__(self, sequences: Sequence[Items], items: int, *, shrink: float = 10.0, latest: int = 5) -> None:
         """Count who chose what.
 
         Args:
@@ -46,7 +48,7 @@ class ItemNeighbours:
         value[together.row == together.col] = 0.0
         self.similarity = sp.csr_matrix((value, (together.row, together.col)), shape=(items, items))
 
-    def scores(self, histories: Sequence[Sequence[int]]) -> Tensor:
+    def scores(self, histories: Sequence[Items]) -> Tensor:
         """Scores of all items for each history (rows, items), float32."""
         recent = [history[-self.latest :] for history in histories]
         row = np.repeat(np.arange(len(recent)), [len(history) for history in recent])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from dsa_gym.domains import take
 from dsa_gym.ladder import bootstrap, interval
 from dsa_gym.metrics.ranking import ndcg_at, precision_at, ranks, recall_at
 from dsa_gym.problem import GatingProblem
-from dsa_gym.recommenders import ItemNeighbours, popularity
+from dsa_gym.recommenders import ItemNeighbours, Items, popularity
 
 
 def task_metrics(
@@ -51,9 +51,9 @@ def task_metrics(
             pieces = []
             for part in torch.arange(len(problem)).split(batch_size):
                 examples = take(bundle.examples, problem.rows[part])
-                users = problem.user[part] if row == "personal" else None
+                owners = problem.user[part] if row == "personal" else None
                 masks = None if parameters is None else mask[part]
-                pieces.append(problem.model.metric(metric, examples, parameters, masks, users))
+                pieces.append(problem.model.metric(metric, examples, parameters, masks, owners))
             scored[metric][row] = torch.cat(pieces).double().numpy()
     if interactions is not None:
         if bundle.domain != "recommendation":
@@ -70,7 +70,7 @@ def task_metrics(
     return result | {"versions": storage.versions()}
 
 
-Scores = Callable[[list[list[int]]], Tensor]
+Scores = Callable[[Sequence[Items]], Tensor]
 
 
 def _baselines(bundle: Bundle, path: Path) -> dict[str, Scores]:
@@ -107,7 +107,8 @@ def _ranked(problem: GatingProblem, metric: str, scores: Scores) -> NDArray[np.f
             table[row, history] = torch.finfo(table.dtype).min
         target = torch.tensor([row[1 + n + step] - 1 for row, n in zip(tokens, length, strict=True)])
         total += of(ranks(table, target), int(metric.partition("@")[2]))
-    return (total / domain.targets).double().numpy()
+    mean: NDArray[np.float64] = (total / domain.targets).double().numpy()
+    return mean
 
 
 def show(result: dict[str, Any], console: Console) -> None:

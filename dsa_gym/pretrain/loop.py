@@ -115,7 +115,7 @@ def fit(
                 f"pre-training loss is {float(value.detach())} at step {state.step}: lower learning_rate"
             )
         optimizer.zero_grad()
-        value.backward()  # type: ignore[no-untyped-call]
+        value.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         state.step += 1
