@@ -178,9 +178,9 @@ class RecommendationDomain:
         """Logits at the scored positions (rows, targets, items + 1), and the targets (rows, targets)."""
         tokens = examples["tokens"].long()
         places = examples["length"][:, None] + torch.arange(self.targets, device=tokens.device)  # last token known
-        states = model.base_model(input_ids=tokens[:, :-1], use_cache=False).last_hidden_state
+        states = model.base_model(input_ids=tokens[:, :-1], use_cache=False).last_hidden_state  # type: ignore[operator]
         chosen = states.gather(1, places[..., None].long().expand(-1, -1, states.shape[-1]))
-        logits = model.get_output_embeddings()(chosen)
+        logits = model.get_output_embeddings()(chosen)  # type: ignore[operator]
         return logits, tokens.gather(1, places.long() + 1)
 
     def losses(self, model: nn.Module, examples: Examples, *, parts: bool = False) -> Tensor:
@@ -201,7 +201,7 @@ class RecommendationDomain:
         if not context:
             length = length + self.targets
         # the history's states depend on nothing behind it: the model is causal
-        states = model.base_model(input_ids=tokens, use_cache=False, output_hidden_states=True).hidden_states
+        states = model.base_model(input_ids=tokens, use_cache=False, output_hidden_states=True).hidden_states  # type: ignore[operator]
         place = torch.arange(tokens.shape[1], device=tokens.device)
         inside = ((place > 0) & (place <= length))[..., None]
         chosen = [states[len(states) // 2].float(), states[-1].float()]
