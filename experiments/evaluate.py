@@ -104,7 +104,7 @@ def show(result: dict[str, Any], console: Console | None = None) -> None:
     """Print the ladders of unseen and seen users side by side."""
     console = console or Console()
     parts = [part for part in (result, result.get("seen")) if part is not None]
-    title = f"{result['config']['agent']} on {result['config']['env']}: reward in nats, 95 % intervals over users"
+    title = f"{result['config']['agent']} on {result['config']['env']}: reward, 95 % intervals over users"
     table = Table(title=title)
     table.add_column("rung")
     for part in parts:
@@ -158,7 +158,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
         axis.set_yticks(range(len(rows)), [RUNGS[name] for name in rows])
         kind = "seen users, new inputs" if part["split"] == "seen" else f"unseen users ({part['split']})"
         axis.set_title(f"{kind}\nnormalised score {_score(part)}", fontsize=10)
-        axis.set_xlabel("reward (nats); all-on left out: " + f"{part['ladder']['all']['mean']:.2f}")
+        axis.set_xlabel("reward; all-on left out: " + f"{part['ladder']['all']['mean']:.2f}")
         axis.grid(axis="x", alpha=0.3)
         for side in ("top", "right"):
             axis.spines[side].set_visible(False)
