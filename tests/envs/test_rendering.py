@@ -254,7 +254,9 @@ def test_any_text(user: str, prompt: str, continuation: str) -> None:
 
 def contains(whole: NDArray[np.uint8], piece: NDArray[np.uint8]) -> bool:
     height, width = piece.shape[:2]
-    corners = np.argwhere((whole == piece[0, 0]).all(-1))
+    starts = (whole[: 1 - height or None, : 1 - width or None] == piece[0, 0]).all(-1)
+    ends = (whole[height - 1 :, width - 1 :] == piece[-1, -1]).all(-1)
+    corners = np.argwhere(starts & ends)
     return any(np.array_equal(whole[y : y + height, x : x + width], piece) for y, x in corners)
 
 
