@@ -387,7 +387,7 @@ def _read(folder: Path, name: str) -> Any:
     except FileNotFoundError as error:
         raise ValueError(
             f"backbone={str(folder)!r}: has no {name}; the image domain needs a folder with the weights and "
-            "config.json of a DiT, its scheduler_config.json and {CONDITIONS}, the list of its conditions"
+            f"config.json of a DiT, its scheduler_config.json and {CONDITIONS}, the list of its conditions"
         ) from error
 
 
