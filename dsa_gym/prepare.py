@@ -551,8 +551,8 @@ def trained_users(backbone: str, data: Mapping[str, str]) -> list[str]:
 
 
 def _unfinished_write(path: Path) -> bool:
-    """Whether a killed process left this file half-written."""
-    return path.name.startswith(storage.TEMPORARY_PREFIX)
+    """Whether a killed process left this file half-written; safetensors has temporaries of its own."""
+    return path.name.startswith((storage.TEMPORARY_PREFIX, ".tmp"))
 
 
 def _users_of(bundle: Bundle, rows: Tensor) -> list[int]:
