@@ -140,6 +140,14 @@ class Bundle:
         return storage.read_tensors(self.folder / "examples.safetensors")
 
     @cached_property
+    def _observations(self) -> dict[str, Tensor]:
+        return storage.read_tensors(self.folder / "observations.safetensors")
+
+    @cached_property
+    def _library(self) -> dict[str, Tensor]:
+        return storage.read_tensors(self.folder / "library.safetensors")
+
+    @cached_property
     def examples(self) -> Examples:
         """Encoded examples, first axis (N,)."""
         return {name[9:]: value for name, value in self._examples.items() if name.startswith("examples.")}
@@ -162,18 +170,16 @@ class Bundle:
     @cached_property
     def observations(self) -> dict[str, Tensor]:
         """``user`` (users, user_dim) and ``context`` (N, context_dim), float32, whitened and bounded."""
-        tensors = storage.read_tensors(self.folder / "observations.safetensors")
-        return {name: tensors[name] for name in ("user", "context")}
+        return {name: self._observations[name] for name in ("user", "context")}
 
     def projection(self, name: str) -> Projection:
         """The projection that made the ``user`` or ``context`` observations, for new users and inputs."""
-        tensors = storage.read_tensors(self.folder / "observations.safetensors")
-        return Projection(tensors[f"{name}.mean"], tensors[f"{name}.directions"])
+        return Projection(self._observations[f"{name}.mean"], self._observations[f"{name}.directions"])
 
     @cached_property
     def phi_meta(self) -> Tensor:
         """The library's flat parameters (P,)."""
-        return storage.read_tensors(self.folder / "library.safetensors")["phi"]
+        return self._library["phi"]
 
     @cached_property
     def store(self) -> UserStore:
@@ -190,8 +196,8 @@ class Bundle:
         config = GateConfig(**self.manifest["gate"])
         user, context = self.observations["user"], self.observations["context"]
         gate = GatingNetwork(user.shape[1], context.shape[1], self.space.gates, self.shape.pathways, config)
-        tensors = storage.read_tensors(self.folder / "library.safetensors")
-        gate.load_state_dict({name[5:]: value for name, value in tensors.items() if name.startswith("gate.")})
+        tensors = self._library.items()
+        gate.load_state_dict({name[5:]: value for name, value in tensors if name.startswith("gate.")})
         return gate.eval()
 
     def model(self, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> AdaptedModel:

@@ -153,11 +153,7 @@ def prepare(
     Raises:
         ValueError: For data or settings that cannot be used, or a folder that holds something else.
     """
-    names = [Path(file).name for file in data_files]
-    data = {
-        name if names.count(name) == 1 else str(file): storage.sha256(Path(file))
-        for name, file in zip(names, data_files, strict=True)
-    }
+    data = storage.checksums(data_files)
     data = data or {"raw": hashlib.sha256(repr(raw).encode("utf-8", "surrogatepass")).hexdigest()}
     preparation = _Preparation(domain_name, out, config, backbone, data, dict(reading or {}))
     if preparation.finished:
@@ -223,7 +219,7 @@ class _Preparation:
             }
         elif key.is_file():
             found = storage.read_json(key)
-        elif any(path.is_file() and not _unfinished_write(path) for path in self.out.rglob("*")):
+        elif any(path.is_file() and not storage.is_temporary(path.name) for path in self.out.rglob("*")):
             raise ValueError(f"out={str(self.out)!r}: not empty and not an unfinished preparation; give a new folder")
         else:
             return
@@ -530,8 +526,9 @@ class _Preparation:
             for path in self.out.rglob("*")
             if path.is_file() and self.work not in path.parents and path.name != "manifest.json"
         )
-        for path in filter(_unfinished_write, files):
-            path.unlink()
+        for path in files:
+            if storage.is_temporary(path.name):
+                path.unlink()
         files = [path for path in files if path.exists()]
         manifest["timings_seconds"] = self.timings
         manifest["files"] = {path.relative_to(self.out).as_posix(): storage.sha256(path) for path in files}
@@ -548,11 +545,6 @@ def trained_users(backbone: str, data: Mapping[str, str]) -> list[str]:
     made = storage.read_json(record)
     same = set(made.get("data", {}).values()) & set(data.values())
     return list(made["trained_users"]) if same and "trained_users" in made else []
-
-
-def _unfinished_write(path: Path) -> bool:
-    """Whether a killed process left this file half-written; safetensors has temporaries of its own."""
-    return path.name.startswith((storage.TEMPORARY_PREFIX, ".tmp"))
 
 
 def _users_of(bundle: Bundle, rows: Tensor) -> list[int]:

@@ -16,7 +16,7 @@ import json
 import os
 import platform
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import metadata as importlib_metadata
 from pathlib import Path
@@ -30,6 +30,8 @@ from torch import Tensor
 
 __all__ = [
     "atomic_path",
+    "checksums",
+    "is_temporary",
     "load_optimizer_tensors",
     "optimizer_tensors",
     "read_array",
@@ -41,10 +43,11 @@ __all__ = [
     "write_array",
     "write_json",
     "write_tensors",
+    "write_text",
 ]
 
 TEMPORARY_PREFIX = ".tmp-"
-"""Start of the name of every file that is still being written; what a killed process leaves behind has it."""
+"""Start of the name of every file that is still being written, see `is_temporary`."""
 
 _PACKAGES = ("torch", "transformers", "gymnasium", "stable-baselines3", "numpy", "dsa-gym")
 
@@ -79,6 +82,20 @@ def atomic_path(path: Path) -> Iterator[Path]:
     finally:
         # After the rename there is nothing left to remove.
         temporary.unlink(missing_ok=True)
+
+
+def is_temporary(name: str) -> bool:
+    """Whether a file of this name is being written, or was when its process was killed.
+
+    safetensors has temporary files of its own beside ours, `.tmp` and six letters.
+    """
+    return name.startswith(".tmp")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text, atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(text.encode("utf-8"))
 
 
 def write_json(path: Path, obj: Any) -> None:
@@ -241,6 +258,15 @@ def sha256(path: Path) -> str:
     _require_file(path)
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def checksums(paths: Sequence[Path]) -> dict[str, str]:
+    """SHA-256 of files by their name, by their whole path where several have the same name."""
+    names = [Path(path).name for path in paths]
+    return {
+        name if names.count(name) == 1 else str(path): sha256(Path(path))
+        for name, path in zip(names, paths, strict=True)
+    }
 
 
 def versions() -> dict[str, str]:

@@ -36,7 +36,7 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
-from dsa_gym.storage import TEMPORARY_PREFIX, atomic_path, read_json, write_json
+from dsa_gym.storage import atomic_path, is_temporary, read_json, write_json
 
 __all__ = ["UserAdapter", "UserStore", "file_name"]
 
@@ -274,7 +274,7 @@ class UserStore:
         """File names of all records, in no order, without the leftovers of writers that were killed."""
         with os.scandir(self._records) as entries:
             for entry in entries:
-                if entry.name.endswith(_SUFFIX) and not entry.name.startswith(TEMPORARY_PREFIX):
+                if entry.name.endswith(_SUFFIX) and not is_temporary(entry.name):
                     yield entry.name
 
     def _user_of(self, name: str) -> str:

@@ -309,11 +309,14 @@ def _prepare_config(parsed: argparse.Namespace) -> PrepareConfig:
 
 
 def _prepare(
-    parsed: argparse.Namespace, raw: list[tuple[str, Any]], files: list[Path], reading: dict[str, Any]
+    parsed: argparse.Namespace,
+    config: PrepareConfig,
+    raw: list[tuple[str, Any]],
+    files: list[Path],
+    reading: dict[str, Any],
 ) -> None:
     from dsa_gym.prepare import prepare
 
-    config = _prepare_config(parsed)
     bundle = prepare(
         parsed.domain, raw, parsed.out, config, backbone=parsed.backbone, data_files=files, reading=reading
     )
@@ -323,37 +326,38 @@ def _prepare(
 def _prepare_text(parsed: argparse.Namespace) -> None:
     from dsa_gym.data import Scrubber, read_texts
 
+    config = _prepare_config(parsed)
     columns = {name: getattr(parsed, name) for name in ("user_column", "text_column", "order_column")}
     scrubber = Scrubber(parsed.scrub) if parsed.scrub else None
     users = read_texts(parsed.data, source=parsed.source, scrub=scrubber, **columns)
     replaced = dict(scrubber.counts) if scrubber else {}
     if replaced:
         console.print(f"replaced: {replaced}")
-    _prepare(parsed, [(entry.user, entry.texts) for entry in users], parsed.data, {"replaced": replaced})
+    _prepare(parsed, config, [(entry.user, entry.texts) for entry in users], parsed.data, {"replaced": replaced})
 
 
 def _prepare_recommendation(parsed: argparse.Namespace) -> None:
     from dsa_gym.domains import make_domain
 
-    settings = _prepare_config(parsed).domain
-    domain: Any = make_domain(parsed.domain, settings, backbone_source=parsed.backbone)
+    config = _prepare_config(parsed)
+    domain: Any = make_domain(parsed.domain, config.domain, backbone_source=parsed.backbone)
     users, report = _read_interactions(parsed)
     raw = [(entry.user, domain.windows(entry.items, entry.times)) for entry in users]
-    _prepare(parsed, raw, parsed.data, report)
+    _prepare(parsed, config, raw, parsed.data, report)
 
 
 def _prepare_image(parsed: argparse.Namespace) -> None:
     from dsa_gym.domains import make_domain
     from dsa_gym.domains.image import ImageExample
 
-    settings = _prepare_config(parsed).domain
-    domain: Any = make_domain(parsed.domain, settings, backbone_source=parsed.backbone)
+    config = _prepare_config(parsed)
+    domain: Any = make_domain(parsed.domain, config.domain, backbone_source=parsed.backbone)
     users, report = _read_images(parsed, domain.size, domain.channels)
     raw = [
         (entry.user, [ImageExample(*pair) for pair in zip(entry.images, entry.conditions, strict=True)])
         for entry in users
     ]
-    _prepare(parsed, raw, [parsed.data] if parsed.data.is_file() else [], report)
+    _prepare(parsed, config, raw, [parsed.data] if parsed.data.is_file() else [], report)
 
 
 def _sample(parsed: argparse.Namespace) -> None:

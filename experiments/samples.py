@@ -42,8 +42,7 @@ def sample_sheet(bundle: Bundle, user: str, *, count: int = 10, seed: int = 0, s
     Raises:
         ValueError: If the bundle is of another domain, the user is unknown or ``count`` is not positive.
     """
-    if bundle.domain != "image":
-        raise ValueError(f"bundle: is of domain {bundle.domain!r}, expected 'image'")
+    _require_images(bundle)
     if user not in bundle.users:
         close = difflib.get_close_matches(user, bundle.users, n=1)
         raise ValueError(f"user={user!r}: not in the bundle{f'; did you mean {close[0]!r}?' if close else ''}")
@@ -62,6 +61,11 @@ def sample_sheet(bundle: Bundle, user: str, *, count: int = 10, seed: int = 0, s
         "personalised": draw(model, labels, noise, adapters(bundle, model, index, labels), steps=steps),
     }
     return _sheet({f"{name} ({user})" if name == "real" else name: images for name, images in drawn.items()})
+
+
+def _require_images(bundle: Bundle) -> None:
+    if bundle.domain != "image":
+        raise ValueError(f"bundle: is of domain {bundle.domain!r}, expected 'image'")
 
 
 def draw(model: AdaptedModel, labels: Tensor, noise: Tensor, active: ActiveAdapters | None, *, steps: int) -> Tensor:
@@ -116,8 +120,7 @@ def judge_style(bundle: Bundle, *, seed: int = 0, per_user: int = 8, steps: int 
             or ``per_user`` or ``steps`` is out of range.
         ImportError: If torchmetrics is missing.
     """
-    if bundle.domain != "image":
-        raise ValueError(f"bundle: is of domain {bundle.domain!r}, expected 'image'")
+    _require_images(bundle)
     if per_user < 1:
         raise ValueError(f"per_user={per_user}: expected a positive number of samples")
     learned, held_out = _halves(bundle)

@@ -18,7 +18,6 @@ from dsa_gym.bundle import Bundle
 from dsa_gym.data import read_interactions
 from dsa_gym.domains import take
 from dsa_gym.ladder import bootstrap, interval
-from dsa_gym.metrics.ranking import ndcg_at, precision_at, ranks, recall_at
 from dsa_gym.problem import GatingProblem
 from dsa_gym.recommenders import ItemNeighbours, Items, popularity
 
@@ -58,9 +57,12 @@ def task_metrics(
     if interactions is not None:
         if bundle.domain != "recommendation":
             raise ValueError(f"interactions={str(interactions)!r}: the bundle is of domain {bundle.domain!r}")
-        for row, scores in _baselines(bundle, interactions).items():
+        recommendation: Any = domain
+        examples = take(bundle.examples, problem.rows)
+        for row, baseline in _baselines(bundle, interactions).items():
+            scores = _scores(problem, baseline)
             for metric in domain.metrics:
-                scored[metric][row] = _ranked(problem, metric, scores)
+                scored[metric][row] = recommendation.ranking(metric, scores, examples).double().numpy()
     users = problem.user.numpy()
     result: dict[str, Any] = {"bundle": bundle.manifest["data"], "split": split, "inputs": len(problem), "seed": 0}
     result["metrics"] = {
@@ -93,22 +95,13 @@ def _baselines(bundle: Bundle, path: Path) -> dict[str, Scores]:
     }
 
 
-def _ranked(problem: GatingProblem, metric: str, scores: Scores) -> NDArray[np.float64]:
-    """The metric of a baseline on the problem's inputs, mean over the targets (n,)."""
-    examples = take(problem.bundle.examples, problem.rows)
+def _scores(problem: GatingProblem, scores: Scores) -> Tensor:
+    """A baseline's scores for every place of the problem's inputs, (n, targets, items)."""
     domain: Any = problem.model.domain
-    of = {"ndcg": ndcg_at, "recall": recall_at, "precision": precision_at}[metric.partition("@")[0]]
-    total = torch.zeros(len(problem))
-    tokens, length = examples["tokens"].tolist(), examples["length"].tolist()
-    for step in range(domain.targets):
-        histories = [[t - 1 for t in row[1 : 1 + n + step]] for row, n in zip(tokens, length, strict=True)]
-        table = scores(histories).clone()
-        for row, history in enumerate(histories):
-            table[row, history] = torch.finfo(table.dtype).min
-        target = torch.tensor([row[1 + n + step] - 1 for row, n in zip(tokens, length, strict=True)])
-        total += of(ranks(table, target), int(metric.partition("@")[2]))
-    mean: NDArray[np.float64] = (total / domain.targets).double().numpy()
-    return mean
+    examples = take(problem.bundle.examples, problem.rows)
+    rows = list(zip(examples["tokens"].tolist(), examples["length"].tolist(), strict=True))
+    places = range(1, domain.targets + 1)
+    return torch.stack([scores([[token - 1 for token in row[1 : n + step]] for row, n in rows]) for step in places], 1)
 
 
 def show(result: dict[str, Any], console: Console) -> None:

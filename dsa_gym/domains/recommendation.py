@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dsa_gym import storage
 from dsa_gym.backbone import Backbone, resolve_source
 from dsa_gym.domains import Examples, rows_of
-from dsa_gym.metrics.ranking import ndcg_at, precision_at, ranks, recall_at
+from dsa_gym.metrics.ranking import ranking_metric, ranks
 
 CATALOGUE = "items.json"
 """In the backbone's folder: ``{"items": [id, ...], "titles": [title, ...], "period": [first, last time]}``.
@@ -213,16 +213,21 @@ class RecommendationDomain:
         bumps = torch.exp(-0.5 * ((examples["moment"][:, None] - centres) * (MOMENTS - 1)) ** 2)
         return torch.cat([*means, end, bumps * MOMENT_SCALE], dim=1)
 
-    def _scores(self, model: nn.Module, examples: Examples) -> tuple[Tensor, Tensor]:
-        """Scores of all items (rows, targets, items), those chosen before last, and the targets' index."""
-        logits, targets = self._logits(model, examples)
-        scores = logits.float()
-        tokens, length = examples["tokens"].long(), examples["length"][:, None].long()
-        for step in range(self.targets):
-            # padding is token 0, which is no item and is cut off below
-            known = tokens * (torch.arange(tokens.shape[1], device=tokens.device) <= length + step)
-            scores[:, step] = scores[:, step].scatter(1, known, torch.finfo(scores.dtype).min)
-        return scores[..., 1:], targets - 1
+    def new_items(self, scores: Tensor, examples: Examples) -> Tensor:
+        """Scores of all items for every place (rows, targets, items), with those chosen before it put last."""
+        tokens, length = examples["tokens"].long(), examples["length"][:, None, None].long()
+        place = torch.arange(tokens.shape[1], device=tokens.device)
+        step = torch.arange(self.targets, device=tokens.device)[:, None]
+        before = tokens[:, None] * (place <= length + step)  # (rows, targets, tokens); 0 is no item and is cut off
+        chosen = scores.new_zeros(*scores.shape[:2], len(self.items) + 1, dtype=torch.bool).scatter(2, before, True)
+        return scores.masked_fill(chosen[..., 1:], torch.finfo(scores.dtype).min)
+
+    def ranking(self, name: str, scores: Tensor, examples: Examples) -> Tensor:
+        """Ranking metric of any recommender's scores (rows, targets, items), mean over the targets (rows,)."""
+        places = examples["length"][:, None].long() + torch.arange(1, self.targets + 1, device=scores.device)
+        targets = examples["tokens"].long().gather(1, places) - 1
+        place = ranks(self.new_items(scores, examples).flatten(0, 1), targets.flatten())
+        return ranking_metric(name, place).view(-1, self.targets).mean(1)
 
     def metric(self, model: nn.Module, name: str, examples: Examples) -> Tensor:
         """Ranking metric in the full catalogue without what the user has chosen before, mean over the targets (rows,).
@@ -232,12 +237,9 @@ class RecommendationDomain:
         """
         if name not in self.metrics:
             raise ValueError(f"metric={name!r}: expected one of {', '.join(self.metrics)}")
-        kind, _, k = name.partition("@")
         with torch.no_grad():
-            scores, targets = self._scores(model, examples)
-            place = ranks(scores.flatten(0, 1), targets.flatten())
-            of = {"ndcg": ndcg_at, "recall": recall_at, "precision": precision_at}[kind]
-            return of(place, int(k)).view(-1, self.targets).mean(1)
+            logits, _ = self._logits(model, examples)
+            return self.ranking(name, logits[..., 1:].float(), examples)
 
     def describe(self, examples: Examples, row: int) -> dict[str, Any]:
         """The end of the history and the items to predict, by title."""
@@ -252,9 +254,10 @@ class RecommendationDomain:
         if rows_of(examples) != 1:
             raise ValueError(f"examples: {rows_of(examples)} rows, expected one")
         with torch.no_grad():
-            scores, targets = self._scores(model, examples)
+            logits, targets = self._logits(model, examples)
+        scores = self.new_items(logits[..., 1:].float(), examples)
         first = scores[0, 0].topk(min(SHOWN, len(self.items))).indices.tolist()
-        truth = int(targets[0, 0])
+        truth = int(targets[0, 0]) - 1
         return {"top 10": "; ".join(f"[{self.titles[i]}]" if i == truth else self.titles[i] for i in first)}
 
     def _list(self, tokens: Sequence[int]) -> str:

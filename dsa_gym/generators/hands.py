@@ -20,13 +20,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from numbers import Integral, Real
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from dsa_gym.generators.checks import check_integer, check_share
 from dsa_gym.storage import atomic_path
 
 Points = NDArray[np.float64]
@@ -68,15 +68,10 @@ class HandConfig:
             ValueError: if a value is out of range; it names the argument, the value and what would be right.
         """
         for name, least in (("users", 1), ("per_user", 1), ("seed", 0), ("characters_seed", 0)):
-            value = getattr(self, name)
-            if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
-                raise ValueError(f"{name}={value!r} must be an integer of at least {least}")
+            check_integer(name, getattr(self, name), least)
         for name, least, most in (("characters", 1, _MOST_CHARACTERS), ("size", 16, 64)):
-            value = getattr(self, name)
-            if not isinstance(value, Integral) or isinstance(value, bool) or not least <= int(value) <= most:
-                raise ValueError(f"{name}={value!r} must be an integer from {least} to {most}")
-        if not isinstance(self.odd, Real) or isinstance(self.odd, bool) or not 0 <= float(self.odd) <= 1:
-            raise ValueError(f"odd={self.odd!r} must be a number from 0 to 1")
+            check_integer(name, getattr(self, name), least, most)
+        check_share("odd", self.odd)
 
 
 class HandDrawings(NamedTuple):

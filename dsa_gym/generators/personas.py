@@ -26,20 +26,20 @@ from __future__ import annotations
 import gzip
 import json
 import lzma
-import os
 import re
-import tempfile
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate
-from numbers import Integral, Real
+from numbers import Integral
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import numpy as np
 
+from dsa_gym.generators.checks import check_integer, check_share
 from dsa_gym.generators.spellings import SPELLINGS
+from dsa_gym.storage import atomic_path
 
 MIN_CHARACTERS = 60
 MAX_CHARACTERS = 250
@@ -76,7 +76,7 @@ class PersonaConfig:
             ValueError: if a value is out of range; it names the argument, the value and what would be right.
         """
         for name, least in (("users", 1), ("min_texts", 1), ("max_texts", 1), ("seed", 0)):
-            _check_integer(name, getattr(self, name), least)
+            check_integer(name, getattr(self, name), least)
         if self.max_texts < self.min_texts:
             raise ValueError(f"max_texts={self.max_texts!r} must be at least min_texts={self.min_texts!r}")
         wanted = (
@@ -89,9 +89,7 @@ class PersonaConfig:
         if not 1 <= self.registers[0] <= self.registers[1] <= len(REGISTERS):
             raise ValueError(wanted)
         for name in ("user_similarity", "register_similarity", "odd_spelling"):
-            value = getattr(self, name)
-            if not isinstance(value, Real) or isinstance(value, bool) or not 0 <= float(value) <= 1:
-                raise ValueError(f"{name}={value!r} must be a number from 0 to 1")
+            check_share(name, getattr(self, name))
 
 
 @dataclass(frozen=True)
@@ -154,19 +152,10 @@ def write_personas(config: PersonaConfig, path: Path) -> int:
     if not path.parent.is_dir():
         raise ValueError(f"path={str(path)!r} must lie in a folder that exists")
     rows = 0
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as raw, _compressed(raw, path.suffix) as out:
-            for row in generate_personas(config):
-                out.write(json.dumps(row.__dict__, ensure_ascii=False).encode() + b"\n")
-                rows += 1
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp's 0600 would keep colleagues from reading the corpus
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    with atomic_path(path) as temporary, temporary.open("wb") as raw, _compressed(raw, path.suffix) as out:
+        for row in generate_personas(config):
+            out.write(json.dumps(row.__dict__, ensure_ascii=False).encode() + b"\n")
+            rows += 1
     return rows
 
 
@@ -177,11 +166,6 @@ def _compressed(raw: IO[bytes], suffix: str) -> Any:
     if suffix == ".xz":
         return lzma.LZMAFile(raw, "wb", preset=3)
     return open(raw.fileno(), "wb", closefd=False)
-
-
-def _check_integer(name: str, value: object, least: int) -> None:
-    if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name}={value!r} must be an integer of at least {least}")
 
 
 # ----------------------------------------------------------------------------------------------------------

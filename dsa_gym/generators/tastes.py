@@ -26,13 +26,13 @@ import lzma
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from dsa_gym.generators.checks import check_integer, check_share
 from dsa_gym.storage import atomic_path
 
 GENRES = (
@@ -89,13 +89,9 @@ class TasteConfig:
         """
         least = {"users": 1, "items": 1, "genres": 3, "min_interactions": 1, "max_interactions": 1}
         for name, low in (least | {"seed": 0, "catalogue_seed": 0}).items():
-            value = getattr(self, name)
-            if not isinstance(value, Integral) or isinstance(value, bool) or value < low:
-                raise ValueError(f"{name}={value!r} must be an integer of at least {low}")
+            check_integer(name, getattr(self, name), low)
         for name in ("drift", "odd"):
-            value = getattr(self, name)
-            if not isinstance(value, Real) or isinstance(value, bool) or not 0 <= float(value) <= 1:
-                raise ValueError(f"{name}={value!r} must be a number from 0 to 1")
+            check_share(name, getattr(self, name))
         if self.genres > len(GENRES):
             raise ValueError(f"genres={self.genres!r} must be at most {len(GENRES)}")
         if self.max_interactions < self.min_interactions:

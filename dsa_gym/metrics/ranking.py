@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["ndcg", "ndcg_at", "precision", "precision_at", "ranks", "recall", "recall_at"]
+__all__ = ["ndcg", "ndcg_at", "precision", "precision_at", "ranking_metric", "ranks", "recall", "recall_at"]
 
 _HIGHEST_GRADE = 100
 
@@ -83,6 +83,23 @@ def precision_at(ranks: Tensor, k: int) -> Tensor:
     Arguments, result and errors are those of :func:`ndcg_at`.
     """
     return recall_at(ranks, k) / k
+
+
+def ranking_metric(name: str, ranks: Tensor) -> Tensor:
+    """A metric with one relevant item by its name, such as ``ndcg@10``, ``recall@5`` or ``precision@1``.
+
+    Result is that of :func:`ndcg_at`, and so are the errors.
+
+    Raises:
+        ValueError: Also if there is no such metric.
+    """
+    kind, _, k = name.partition("@")
+    if kind not in _METRICS or not k.isdecimal():
+        raise ValueError(f"metric={name!r}: expected {', '.join(f'{known}@k' for known in _METRICS)}")
+    return _METRICS[kind](ranks, int(k))
+
+
+_METRICS = {"ndcg": ndcg_at, "recall": recall_at, "precision": precision_at}
 
 
 def ndcg(scores: Tensor, relevance: Tensor, k: int, exclude: Tensor | None = None) -> Tensor:

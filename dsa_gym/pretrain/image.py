@@ -18,23 +18,18 @@ from torch import Tensor
 
 from dsa_gym import storage
 from dsa_gym.backbone import import_diffusers
-from dsa_gym.data import UserImages, split_users
+from dsa_gym.data import UserImages
 from dsa_gym.domains.image import CONDITIONS, ImageDomain, ImageExample
-from dsa_gym.pretrain.loop import Schedule, claim, fit
+from dsa_gym.pretrain.loop import UsersConfig, claim, fit
 
 
 @dataclass(frozen=True)
-class ImagePretrainConfig(Schedule):
-    """What the backbone is and how it is trained, see :class:`~dsa_gym.pretrain.loop.Schedule`.
+class ImagePretrainConfig(UsersConfig):
+    """What the backbone is and how it is trained, see :class:`~dsa_gym.pretrain.loop.UsersConfig`.
 
     Attributes:
-        width: Width of the hidden states, d.
-        layers: Transformer blocks.
-        heads: Attention heads per block.
         patch: Height and width of a patch in pixels; divides the images' size.
         timesteps: Noise levels of the DDPM.
-        validation: Share of users that choose when to stop.
-        test: Share of users that nothing is trained on.
     """
 
     batch_size: int = 64
@@ -46,8 +41,6 @@ class ImagePretrainConfig(Schedule):
     heads: int = 4
     patch: int = 4
     timesteps: int = 1000
-    validation: float = 0.08
-    test: float = 0.24
 
     def __post_init__(self) -> None:
         """Check the ranges.
@@ -55,15 +48,10 @@ class ImagePretrainConfig(Schedule):
         Raises:
             ValueError: If a value is out of range; the message names it.
         """
-        self.check_schedule()
-        for name in ("width", "layers", "heads", "patch", "timesteps"):
+        super().__post_init__()
+        for name in ("patch", "timesteps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: expected a positive integer")
-        if self.width % self.heads:
-            raise ValueError(f"width={self.width}: expected a multiple of heads={self.heads}")
-        for name in ("validation", "test"):
-            if not 0 < getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: expected a share between 0 and 1")
 
 
 def build_model(config: ImagePretrainConfig, *, channels: int, size: int, classes: int) -> Any:
@@ -122,13 +110,10 @@ def pretrain_image(
         raise ValueError(f"users: images of shapes {sorted(shapes)}, expected one shape")
     shape = shapes.pop()
     channels = 1 if len(shape) == 2 else shape[2]
-    data = {Path(file).name: storage.sha256(Path(file)) for file in data_files}
-    key = {"config": asdict(config), "data": data, "users": len(users)}
+    key = {"config": asdict(config), "data": storage.checksums(data_files), "users": len(users)}
     claim(out, key)
     conditions = sorted({condition for user in users for condition in user.conditions})
-    groups = split_users(
-        [user.user for user in users], validation=config.validation, test=config.test, seed=config.seed
-    )
+    groups = config.split([user.user for user in users])
     scheduler = import_diffusers().DDPMScheduler(num_train_timesteps=config.timesteps)
     domain = ImageDomain(scheduler, conditions, channels=channels, size=shape[0])
     examples = {name: domain.encode(_examples(users, groups[name]))[0] for name in groups}
@@ -186,8 +171,7 @@ def pretrain_image(
         images=len(images),
         users=len(groups["train"]),
     )
-    with storage.atomic_path(out / "README.md") as temporary:
-        temporary.write_text(card, encoding="utf-8")
+    storage.write_text(out / "README.md", card)
     return result
 
 

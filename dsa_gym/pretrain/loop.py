@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from dsa_gym import storage
+from dsa_gym.data import split_users
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Schedule:
     weight_decay: float = 0.05
     seed: int = 0
 
-    def check_schedule(self) -> None:
+    def __post_init__(self) -> None:
         """Check the ranges.
 
         Raises:
@@ -54,6 +55,62 @@ class Schedule:
             return self.learning_rate * (step + 1) / warm
         share = (step - warm) / max(1, self.steps - warm)
         return self.learning_rate * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * share)))
+
+
+@dataclass(frozen=True)
+class TransformerConfig(Schedule):
+    """A transformer and how it is optimised.
+
+    Attributes:
+        width: Width of the hidden states, d.
+        layers: Transformer blocks.
+        heads: Attention heads per block.
+    """
+
+    width: int = 128
+    layers: int = 4
+    heads: int = 4
+
+    def __post_init__(self) -> None:
+        """Check the ranges.
+
+        Raises:
+            ValueError: If a value is out of range; the message names it.
+        """
+        super().__post_init__()
+        for name in ("width", "layers", "heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: expected a positive integer")
+        if self.width % self.heads:
+            raise ValueError(f"width={self.width}: expected a multiple of heads={self.heads}")
+
+
+@dataclass(frozen=True)
+class UsersConfig(TransformerConfig):
+    """A transformer that is trained on some users' data, while others are held out altogether.
+
+    Attributes:
+        validation: Share of users that choose when to stop.
+        test: Share of users that nothing is trained on.
+    """
+
+    validation: float = 0.08
+    test: float = 0.24
+
+    def __post_init__(self) -> None:
+        """Check the ranges.
+
+        Raises:
+            ValueError: If a value is out of range; the message names it.
+        """
+        super().__post_init__()
+        for name in ("validation", "test"):
+            if not 0 < getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: expected a share between 0 and 1")
+
+    def split(self, users: Sequence[str]) -> dict[str, list[str]]:
+        """Users of ``train``, ``validation`` and ``test``; the same that a bundle of the same file holds out."""
+        return split_users(users, validation=self.validation, test=self.test, seed=self.seed)
 
 
 def claim(out: Path, key: dict[str, Any]) -> None:

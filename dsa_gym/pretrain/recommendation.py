@@ -18,29 +18,23 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from dsa_gym import storage
-from dsa_gym.data import UserInteractions, split_users
-from dsa_gym.domains.recommendation import CATALOGUE
-from dsa_gym.metrics.ranking import ndcg_at, precision_at, ranks, recall_at
-from dsa_gym.pretrain.loop import Schedule, claim, fit
+from dsa_gym.data import UserInteractions
+from dsa_gym.domains.recommendation import CATALOGUE, RecommendationDomain
+from dsa_gym.metrics.ranking import ranking_metric, ranks
+from dsa_gym.pretrain.loop import UsersConfig, claim, fit
 from dsa_gym.recommenders import ItemNeighbours, popularity
 
-K = 10
-"""Length of the list that is judged."""
+METRICS = RecommendationDomain.metrics
 
 
 @dataclass(frozen=True)
-class RecommendationPretrainConfig(Schedule):
-    """What the backbone is and how it is trained, see :class:`~dsa_gym.pretrain.loop.Schedule`.
+class RecommendationPretrainConfig(UsersConfig):
+    """What the backbone is and how it is trained, see :class:`~dsa_gym.pretrain.loop.UsersConfig`.
 
     Attributes:
-        width: Width of the hidden states, d.
-        layers: Transformer blocks.
-        heads: Attention heads per block.
         window: Items per training sequence; also the longest input of the model.
         dropout: Of embeddings, attention and sublayers, in training.
         latest: Share of a user's interactions, the latest, that is not trained on.
-        validation: Share of users that choose when to stop.
-        test: Share of users that nothing is trained on.
     """
 
     batch_size: int = 64
@@ -53,8 +47,6 @@ class RecommendationPretrainConfig(Schedule):
     window: int = 32
     dropout: float = 0.6
     latest: float = 0.2
-    validation: float = 0.08
-    test: float = 0.24
 
     def __post_init__(self) -> None:
         """Check the ranges.
@@ -62,18 +54,12 @@ class RecommendationPretrainConfig(Schedule):
         Raises:
             ValueError: If a value is out of range; the message names it.
         """
-        self.check_schedule()
-        for name in ("width", "layers", "heads", "window"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: expected a positive integer")
-        if self.width % self.heads:
-            raise ValueError(f"width={self.width}: expected a multiple of heads={self.heads}")
+        super().__post_init__()
+        if self.window < 1:
+            raise ValueError(f"window={self.window}: expected a positive integer")
         for name in ("dropout", "latest"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: expected a share in [0, 1)")
-        for name in ("validation", "test"):
-            if not 0 < getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: expected a share between 0 and 1")
 
 
 def build_model(config: RecommendationPretrainConfig, items: int) -> GPT2LMHeadModel:
@@ -137,13 +123,12 @@ def pretrain_recommendation(
     """
     config = config or RecommendationPretrainConfig()
     out = Path(out)
-    data = {Path(file).name: storage.sha256(Path(file)) for file in data_files}
-    key = {"config": asdict(config), "data": data, "users": len(users)}
+    key = {"config": asdict(config), "data": storage.checksums(data_files), "users": len(users)}
     claim(out, key)
     items = sorted({item for user in users for item in user.items})
     token = {item: index + 1 for index, item in enumerate(items)}
     sequence = {user.user: np.asarray([token[item] for item in user.items]) for user in users}
-    groups = split_users(sorted(sequence), validation=config.validation, test=config.test, seed=config.seed)
+    groups = config.split(sorted(sequence))
     trained = [_earlier(sequence[user], config.latest) for user in groups["train"]]
     torch.manual_seed(config.seed)
     model = build_model(config, len(items))
@@ -220,8 +205,7 @@ def _compare(
         table = value.clone()
         table[row, known] = torch.finfo(table.dtype).min
         place = ranks(table, target)
-        of = {f"ndcg@{K}": ndcg_at, f"recall@{K}": recall_at, f"precision@{K}": precision_at}
-        result[name] = {metric: float(function(place, K).mean()) for metric, function in of.items()}
+        result[name] = {metric: float(ranking_metric(metric, place).mean()) for metric in METRICS}
     return result
 
 
@@ -233,11 +217,8 @@ def _write_card(
         for split in ("unseen", "seen")
         for name in result[split]
     ]
-    card = _MODEL_CARD.format(
-        **asdict(config), items=items, users=users, parameters=parameters, table="\n".join(lines), **{"k": K}
-    )
-    with storage.atomic_path(out / "README.md") as temporary:
-        temporary.write_text(card, encoding="utf-8")
+    card = _MODEL_CARD.format(**asdict(config), items=items, users=users, parameters=parameters, table="\n".join(lines))
+    storage.write_text(out / "README.md", card)
 
 
 _MODEL_CARD = """---
@@ -255,7 +236,7 @@ A SASRec-style causal transformer of {parameters:,} parameters ({layers} layers,
   {weight_decay}, seed {seed}; the weights are those that were best on the validation users ({validation:.0%}).
 - Each user's last item in the full ranking, without what the user has chosen before; fp16 weights as shipped:
 
-| | users | NDCG@{k} | recall@{k} | precision@{k} |
+| | users | NDCG@10 | recall@10 | precision@10 |
 |---|---|---|---|---|
 {table}
 

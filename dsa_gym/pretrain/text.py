@@ -21,28 +21,22 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from dsa_gym import storage
 from dsa_gym.data import read_lines
-from dsa_gym.pretrain.loop import Schedule, fit
+from dsa_gym.pretrain.loop import TransformerConfig, fit
 
 END_OF_TEXT = "<|endoftext|>"
 
 
 @dataclass(frozen=True)
-class PretrainConfig(Schedule):
-    """What the backbone is and how it is trained, see :class:`~dsa_gym.pretrain.loop.Schedule`.
+class PretrainConfig(TransformerConfig):
+    """What the backbone is and how it is trained, see :class:`~dsa_gym.pretrain.loop.TransformerConfig`.
 
     Attributes:
         vocabulary: Number of BPE tokens, the end-of-text token included.
-        width: Width of the hidden states, d.
-        layers: Number of transformer blocks.
-        heads: Attention heads per block.
         window: Tokens per training sequence; also the longest input of the model.
         held_out: Share of the corpus' paragraphs that perplexity is measured on.
     """
 
     vocabulary: int = 2048
-    width: int = 128
-    layers: int = 4
-    heads: int = 4
     window: int = 64
     held_out: float = 0.01
 
@@ -52,16 +46,14 @@ class PretrainConfig(Schedule):
         Raises:
             ValueError: If a value is out of range; the message names it.
         """
-        self.check_schedule()
-        for name in ("vocabulary", "width", "layers", "heads", "window"):
+        super().__post_init__()
+        for name in ("vocabulary", "window"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: expected a positive integer")
         if not 257 <= self.vocabulary <= 1 << 16:
             raise ValueError(
                 f"vocabulary={self.vocabulary}: byte-level BPE needs 257 or more tokens, and ids are stored in 16 bits"
             )
-        if self.width % self.heads:
-            raise ValueError(f"width={self.width}: expected a multiple of heads={self.heads}")
         if not 0 < self.held_out < 1:
             raise ValueError(f"held_out={self.held_out}: expected a share between 0 and 1")
 
@@ -181,7 +173,7 @@ def _prepare_corpus(corpus: list[Path], out: Path, config: PretrainConfig) -> tu
     for path in corpus:
         if not Path(path).is_file():
             raise ValueError(f"corpus={str(path)!r}: no such file")
-    key = {"config": asdict(config), "corpus": {Path(p).name: storage.sha256(Path(p)) for p in corpus}}
+    key = {"config": asdict(config), "corpus": storage.checksums(corpus)}
     if (work / "corpus.json").exists():
         if storage.read_json(work / "corpus.json") != key:
             raise ValueError(f"out={str(out)!r}: holds a run with another configuration or corpus; give a new folder")
@@ -263,8 +255,7 @@ def _finish(
     card = _MODEL_CARD.format(
         **asdict(config), **result, parameters=parameters, tokens=tokens, corpus=", ".join(corpus), seconds=seconds
     )
-    with storage.atomic_path(out / "README.md") as temporary:
-        temporary.write_text(card, encoding="utf-8")
+    storage.write_text(out / "README.md", card)
     return result
 
 

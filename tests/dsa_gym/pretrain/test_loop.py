@@ -152,7 +152,7 @@ def test_a_folder_belongs_to_one_run(tmp_path: Path) -> None:
 )
 def test_bad_schedule(field: str, value: float) -> None:
     with pytest.raises(ValueError, match=f"{field}={value}: expected"):
-        Schedule(**{field: value}).check_schedule()  # type: ignore[arg-type]
+        Schedule(**{field: value})  # type: ignore[arg-type]
 
 
 def test_bad_checkpoint_interval(tmp_path: Path) -> None:
