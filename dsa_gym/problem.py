@@ -211,6 +211,11 @@ class GatingProblem:
         for _ in range(max(0, len(self._cache) - self.cache_bytes // entry)):
             self._cache.popitem(last=False)
 
+    @property
+    def unit(self) -> str:
+        """Unit of the loss: the domain's, or the name of the reward metric."""
+        return self.reward_metric or domain_class(self.bundle.domain).unit
+
     def reference_gates(self) -> Bits:
         """Decisions of the bundle's reference gate for every input, (n, G).
 

@@ -16,7 +16,7 @@ import json
 import os
 import platform
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import metadata as importlib_metadata
 from pathlib import Path
@@ -261,12 +261,30 @@ def sha256(path: Path) -> str:
 
 
 def checksums(paths: Sequence[Path]) -> dict[str, str]:
-    """SHA-256 of files by their name, by their whole path where several have the same name."""
+    """SHA-256 of files by their name, by their whole path where several have the same name.
+
+    That of a folder is the digest of its files' paths and checksums.
+    """
     names = [Path(path).name for path in paths]
     return {
-        name if names.count(name) == 1 else str(path): sha256(Path(path))
+        name if names.count(name) == 1 else str(path): _folder_sha256(Path(path))
+        if Path(path).is_dir()
+        else sha256(Path(path))
         for name, path in zip(names, paths, strict=True)
     }
+
+
+def _folder_sha256(folder: Path) -> str:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return digest(f"{path.relative_to(folder).as_posix()}\0{sha256(path)}\n".encode() for path in files)
+
+
+def digest(parts: Iterable[bytes]) -> str:
+    """SHA-256 of bytes that come in parts, as 64 hexadecimal digits."""
+    total = hashlib.sha256()
+    for part in parts:
+        total.update(part)
+    return total.hexdigest()
 
 
 def versions() -> dict[str, str]:

@@ -204,6 +204,7 @@ class _Gating:
             layers=tuple(site.layer for site in shape.sites),
             loss=None if last is None else float(last["loss"][index]),
             penalty=None if last is None else float(last["active_parameters"][index] * self.problem.l0_penalty),
+            unit=self.problem.unit,
             active_parameters=None if last is None else int(last["active_parameters"][index]),
             total_parameters=shape.size,
             gates=_gates_text(gates, self.problem.space.granularity),

@@ -39,8 +39,9 @@ class Frame:
         mask: `(sites, pathways)` share of each pathway's parameters that is on at each site, 0..1.
         site_labels: One label per site, such as `"L0 attn"`.
         layers: Layer index of each site; neighbouring sites of one layer are drawn as a group.
-        loss: Nats; None before the first step of an episode.
-        penalty: Nats, `l0_penalty * active_parameters`; None before the first step.
+        loss: In `unit`; None before the first step of an episode.
+        penalty: In `unit`, `l0_penalty * active_parameters`; None before the first step.
+        unit: Unit of loss, penalty and reward, such as `"nats per token"`.
         active_parameters: Adapter parameters the mask switches on; None before the first step.
         total_parameters: Adapter parameters there are.
         gates: The raw decision as text, such as `"01001000"`; may be empty.
@@ -56,6 +57,7 @@ class Frame:
     layers: tuple[int, ...]
     loss: float | None
     penalty: float | None
+    unit: str
     active_parameters: int | None
     total_parameters: int
     gates: str
@@ -79,10 +81,11 @@ class Frame:
 
 @dataclass(frozen=True)
 class _Outcome:
-    """The numbers of a step that has been taken. Loss, penalty and reward in nats."""
+    """The numbers of a step that has been taken. Loss, penalty and reward in the unit."""
 
     loss: float
     penalty: float
+    unit: str
     active: int
     total: int
 
@@ -107,7 +110,8 @@ def _minus(text: str) -> str:
 def _outcome(frame: Frame) -> _Outcome | None:
     if frame.loss is None or frame.penalty is None or frame.active_parameters is None:
         return None
-    return _Outcome(frame.loss, frame.penalty, frame.active_parameters, frame.total_parameters)
+    unit = _fit(_name(frame.unit), _LONGEST_UNIT, len)
+    return _Outcome(frame.loss, frame.penalty, unit, frame.active_parameters, frame.total_parameters)
 
 
 # ------------------------------------------------------------------------------------------------------- text
@@ -115,7 +119,7 @@ def _outcome(frame: Frame) -> _Outcome | None:
 Measure = Callable[[str], float]
 Keep = Literal["start", "end"]
 # Characters. A user's text may be megabytes; these fill every picture.
-_LONGEST_PART, _LONGEST_NAME = 4000, 400
+_LONGEST_PART, _LONGEST_NAME, _LONGEST_UNIT = 4000, 400, 20
 
 
 def _clean(text: str) -> str:
@@ -254,7 +258,7 @@ def ansi(frame: Frame) -> str:
         Lines of at most 100 columns with ANSI colours: the user, the parts of the input (context dim, target
         bold; pictures as blocks of at most 28 columns and 14 lines, dark pixels dense), the mask with one row per
         layer (full, half and empty blocks for pathways that are on, partly on and off), the gates, and the reward
-        with its parts in nats. No newline at the end.
+        with its parts and their unit. No newline at the end.
     """
     sites, pathways = frame.mask.shape
     width = ANSI_WIDTH - _GUTTER
@@ -273,9 +277,9 @@ def ansi(frame: Frame) -> str:
         lines.append(_row("reward", _style(_DIM, NO_DECISION)))
     else:
         lines += [
-            _row("loss", f"{_number(outcome.loss, 4)} nats"),
-            _row("penalty", f"{_number(outcome.penalty, 4)} nats"),
-            _row("reward", _style(_BOLD, f"{_number(outcome.reward, 4)} nats")),
+            _row("loss", f"{_number(outcome.loss, 4)} {outcome.unit}"),
+            _row("penalty", f"{_number(outcome.penalty, 4)} {outcome.unit}"),
+            _row("reward", _style(_BOLD, f"{_number(outcome.reward, 4)} {outcome.unit}")),
             _row("density", f"{outcome.density} on: {outcome.active:,} of {outcome.total:,} parameters"),
         ]
     return "\n".join(lines)
@@ -599,17 +603,18 @@ def _draw_reward(pen: _Pen, frame: Frame, area: tuple[int, int, int, int]) -> No
         pen.text((left + right) / 2, top + pen.px(62), NO_DECISION, body, _GREY, "mm")
         return
     large = pen.font(34, "-Bold")
-    reward = _fit(_minus(_number(outcome.reward, 3)), right - left - pen.px(50), large.getlength)
+    room = right - left - pen.px(16) - body.getlength(outcome.unit)
+    reward = _fit(_minus(_number(outcome.reward, 3)), room, large.getlength)
     baseline = top + pen.px(58)
     pen.text(left, baseline, reward, large, _INK)
-    pen.text(left + large.getlength(reward) + pen.px(8), baseline, "nats", body, _GREY)
+    pen.text(left + large.getlength(reward) + pen.px(8), baseline, outcome.unit, body, _GREY)
     y = baseline + pen.px(20)
     _draw_stack(pen, outcome, left, right, y)
     y += pen.px(68)
     for name, value, colour in (("loss", outcome.loss, _LOSS), ("penalty", outcome.penalty, _PENALTY)):
         pen.box(left, y - pen.px(11), left + pen.px(11), y, colour)
         pen.text(left + pen.px(19), y, name, body, _GREY)
-        pen.text(right, y, f"{_minus(_number(value, 3))} nats", body, _INK, "rs")
+        pen.text(right, y, _minus(_number(value, 3)), body, _INK, "rs")
         y += pen.px(23)
     y += pen.px(20)
     pen.text(left, y, "Density", heading, _INK)
@@ -624,7 +629,7 @@ def _draw_reward(pen: _Pen, frame: Frame, area: tuple[int, int, int, int]) -> No
 
 
 def _draw_stack(pen: _Pen, outcome: _Outcome, left: int, right: int, top: int) -> None:
-    """Loss and penalty end to end from zero, negative parts to its left, over an axis in nats."""
+    """Loss and penalty end to end from zero, negative parts to its left, over an axis."""
     parts = [(value, colour) for value, colour in ((outcome.loss, _LOSS), (outcome.penalty, _PENALTY))]
     if not math.isfinite(outcome.reward):
         parts = []  # a bar of what is left would look like a result

@@ -289,8 +289,7 @@ def _pretrain_image(parsed: argparse.Namespace) -> None:
 
     config = _pretrain_config(parsed, ImagePretrainConfig)
     users, report = _read_images(parsed, parsed.size, parsed.channels)
-    files = [parsed.data] if parsed.data.is_file() else []
-    result = pretrain_image(users, parsed.out, config, data_files=files, report=report)
+    result = pretrain_image(users, parsed.out, config, data_files=[parsed.data], report=report)
     console.print(f"denoising error {result['unseen']:.4f} on unseen users; weights and model card in {parsed.out}")
 
 
@@ -357,7 +356,7 @@ def _prepare_image(parsed: argparse.Namespace) -> None:
         (entry.user, [ImageExample(*pair) for pair in zip(entry.images, entry.conditions, strict=True)])
         for entry in users
     ]
-    _prepare(parsed, config, raw, [parsed.data] if parsed.data.is_file() else [], report)
+    _prepare(parsed, config, raw, [parsed.data], report)
 
 
 def _sample(parsed: argparse.Namespace) -> None:

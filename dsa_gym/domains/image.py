@@ -1,4 +1,4 @@
-"""Image generation: an example is an image with a condition; a diffusion model predicts the noise that is in it.
+"""Image generation: an example is an image with a condition; a diffusion model makes it out again under noise.
 
 The noise and the timesteps at which an example is scored are part of the encoded example, so its loss is a fixed number
 for a given model and mask.
@@ -26,6 +26,9 @@ from dsa_gym.domains import Examples
 CONDITIONS = "conditions.json"
 """In the backbone's folder: the list of its conditions; the index is the class label."""
 
+PREDICTIONS = ("epsilon", "sample", "v_prediction")
+"""What a model may predict, as diffusers names it: the noise, the image, or the velocity (Salimans & Ho, 2022)."""
+
 BANK = 1024
 """Noise images that examples draw from: an index is stored in place of the noise."""
 
@@ -46,9 +49,10 @@ class ImageDomain:
     """Denoising of images by a class-conditional DiT (Peebles & Xie, 2023) with the loss of DDPM (Ho et al., 2020).
 
     With the image ``x_0`` in [-1, 1] and the noise ``eps``, the model sees ``x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t)
-    eps``, the timestep t and the condition. Its ``eps`` gives an estimate of the image, whose mean squared error is the
-    loss: that of ``eps`` times ``(1 - abar_t) / abar_t``. (The error of ``eps`` itself is almost all from low noise,
-    where the image shows how it is drawn, and nothing is left for a person's habits to explain.) Every example has
+    eps``, the timestep t and the condition. What it predicts gives an estimate of the image, whose mean squared error
+    is the loss. (The error of ``eps`` itself is almost all from low noise, where the image shows how it is drawn, and
+    nothing is left for a person's habits to explain. A model that predicts ``eps`` is a bad judge of ``x_0`` at high
+    noise, because its errors are divided by ``sqrt(abar_t)``: take one that predicts the velocity.) Every example has
     several draws of (t, eps): draw j of n has its t in the j-th of n equal parts of ``levels``, so the last is the
     noisiest. Its ``x_t`` is what is known before the decision.
 
@@ -112,9 +116,9 @@ class ImageDomain:
             )
         if not 0 <= seed < 2**32:
             raise ValueError(f"seed={seed}: expected an integer from 0 to 2^32 - 1")
-        if scheduler.config.prediction_type != "epsilon":
+        if scheduler.config.prediction_type not in PREDICTIONS:
             raise ValueError(
-                f"prediction_type={scheduler.config.prediction_type!r}: expected 'epsilon', a model that predicts noise"
+                f"prediction_type={scheduler.config.prediction_type!r}: expected one of {', '.join(PREDICTIONS)}"
             )
         if len(alphas) > 2**15 or not ((alphas > 0) & (alphas < 1)).all():
             raise ValueError("scheduler: expected at most 32,768 timesteps, each with some image and some noise")
@@ -230,12 +234,12 @@ class ImageDomain:
             return torch.from_numpy(noise)
 
     def losses(self, model: nn.Module, examples: Examples, *, parts: bool = False) -> Tensor:
-        """Mean squared error of the image that the predicted noise gives, per pixel, over all draws."""
-        noised, noise, timestep = self._noised(examples)
+        """Mean squared error of the denoised image, per pixel, over all draws."""
+        noised, timestep = self._noised(examples)
         label = examples["label"].long().repeat_interleave(self.draws)  # draws of an example stay adjacent
-        error = (self._predict(model, noised, timestep, label) - noise).square().flatten(1).mean(1)
-        alphas = self.alphas[timestep]
-        share = (error * (1 - alphas) / alphas).view(-1, self.draws) / self.draws
+        denoised = self._denoised(model, noised, timestep, label).unflatten(0, (-1, self.draws))
+        error = (denoised - _scaled(examples["image"])[:, None]).square().flatten(2).mean(2)
+        share = error / self.draws
         if parts:
             return torch.stack([share[:, 0::2].sum(1), share[:, 1::2].sum(1)], dim=1)
         return share.sum(1)
@@ -247,7 +251,7 @@ class ImageDomain:
         """
         label = examples["label"].long()
         if context:
-            images, _, timestep = self._noised(examples, slice(-1, None))
+            images, timestep = self._noised(examples, slice(-1, None))
         else:
             images, timestep = _scaled(examples["image"]), torch.full_like(label, len(self.alphas) // 20)
         blocks = list(model.get_submodule("transformer_blocks").children())
@@ -283,15 +287,17 @@ class ImageDomain:
         """
         if name not in self.metrics:
             raise ValueError(f"metric={name!r}: expected one of {', '.join(self.metrics)}")
-        _, denoised = self._denoised(model, examples)
+        noised, timestep = self._noised(examples, slice(-1, None))
+        denoised = self._denoised(model, noised, timestep, examples["label"].long()).clamp(-1, 1)
         error = (denoised - _scaled(examples["image"])).square().flatten(1).mean(1)
         return 10.0 * torch.log10(4.0 / error.clamp(min=1 / (12 * 127.5**2)))
 
     @torch.no_grad()
     def outcome(self, model: nn.Module, examples: Examples) -> dict[str, str | NDArray[np.uint8]]:
         """What the model makes of the noisiest draw of one example in one step."""
-        noised, denoised = (_to_bytes(images) for images in self._denoised(model, examples))
-        return {"noised": _picture(noised[0]), "denoised": _picture(denoised[0])}
+        noised, timestep = self._noised(examples, slice(-1, None))
+        denoised = self._denoised(model, noised, timestep, examples["label"].long())
+        return {"noised": _picture(_to_bytes(noised)[0]), "denoised": _picture(_to_bytes(denoised)[0])}
 
     @torch.no_grad()
     def generate(
@@ -339,25 +345,28 @@ class ImageDomain:
         guided: Tensor = without + guidance * (with_condition - without)
         return guided
 
-    def _noised(self, examples: Examples, draws: slice = slice(None)) -> tuple[Tensor, Tensor, Tensor]:
-        """``x_t`` and ``eps`` (rows * draws, C, S, S), ``t`` (rows * draws,); the draws of an example are adjacent."""
+    def _noised(self, examples: Examples, draws: slice = slice(None)) -> tuple[Tensor, Tensor]:
+        """``x_t`` (rows * draws, C, S, S) and ``t`` (rows * draws,); the draws of an example are adjacent."""
         timestep = examples["timestep"][:, draws].long()
         if self.noise_bank.device != timestep.device:
             self.noise_bank, self.alphas = self.noise_bank.to(timestep.device), self.alphas.to(timestep.device)
         noise = self.noise_bank[examples["noise"][:, draws].long()]
         alphas = self.alphas[timestep][..., None, None, None]
         noised = alphas.sqrt() * _scaled(examples["image"])[:, None] + (1 - alphas).sqrt() * noise
-        return noised.flatten(0, 1), noise.flatten(0, 1), timestep.flatten()
+        return noised.flatten(0, 1), timestep.flatten()
 
-    def _denoised(self, model: nn.Module, examples: Examples) -> tuple[Tensor, Tensor]:
-        """The noisiest draw ``x_t`` and the estimate of ``x_0`` from its predicted noise, both (rows, C, S, S)."""
-        noised, _, timestep = self._noised(examples, slice(-1, None))
-        predicted = self._predict(model, noised, timestep, examples["label"].long())
+    def _denoised(self, model: nn.Module, noised: Tensor, timestep: Tensor, label: Tensor) -> Tensor:
+        """The model's estimate of ``x_0`` (n, C, S, S), from what it predicts."""
+        predicted = self._predict(model, noised, timestep, label)
+        if self.scheduler.config.prediction_type == "sample":
+            return predicted
         alphas = self.alphas[timestep][:, None, None, None]
-        return noised, ((noised - (1 - alphas).sqrt() * predicted) / alphas.sqrt()).clamp(-1, 1)
+        if self.scheduler.config.prediction_type == "v_prediction":
+            return alphas.sqrt() * noised - (1 - alphas).sqrt() * predicted
+        return (noised - (1 - alphas).sqrt() * predicted) / alphas.sqrt()
 
     def _predict(self, model: nn.Module, noised: Tensor, timestep: Tensor, label: Tensor) -> Tensor:
-        """The noise in images (n, C, S, S), float32."""
+        """What the model predicts for images (n, C, S, S), float32."""
         dtype = next(model.parameters()).dtype
         output = model(hidden_states=noised.to(dtype), timestep=timestep, class_labels=label, return_dict=False)[0]
         # a model with a learned variance has it in further channels

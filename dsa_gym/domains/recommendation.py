@@ -38,6 +38,14 @@ class Window(NamedTuple):
     time: float
 
 
+def _is_catalogue(value: Any) -> bool:
+    kinds: dict[str, Any] = {"items": str, "titles": str, "period": (int, float)}
+    return isinstance(value, dict) and all(
+        isinstance(value.get(name), list) and all(isinstance(entry, kind) for entry in value[name])
+        for name, kind in kinds.items()
+    )
+
+
 class RecommendationDomain:
     """Next-item prediction over a full catalogue (SASRec; Kang and McAuley, 2018).
 
@@ -108,8 +116,8 @@ class RecommendationDomain:
                 "'dsa-gym pretrain recommendation'"
             )
         catalogue = storage.read_json(path)
-        if not isinstance(catalogue, dict) or not {"items", "titles", "period"} <= set(catalogue):
-            raise ValueError(f"{path}: expected a JSON object with 'items', 'titles' and 'period'")
+        if not _is_catalogue(catalogue):
+            raise ValueError(f"{path}: expected a JSON object with 'items' and 'titles' (text), and 'period' (numbers)")
         return cls(catalogue["items"], catalogue["titles"], catalogue["period"], **settings)
 
     def settings(self) -> dict[str, Any]:
@@ -129,9 +137,11 @@ class RecommendationDomain:
                 f"backbone={backbone.source!r}: {type(backbone.model).__name__} with {vocabulary} tokens; expected a "
                 f"causal model over the catalogue, {len(self.items)} items and one token to begin with"
             )
-        if window < self.history + self.targets:
+        needed = 1 + self.history + self.targets  # the token that begins a sequence
+        if window < needed:
             raise ValueError(
-                f"history={self.history}, targets={self.targets}: the backbone's window has {window} positions"
+                f"history={self.history}, targets={self.targets}: take {needed} positions with the token that begins a "
+                f"sequence, the backbone's window has {window}"
             )
 
     def windows(self, items: Sequence[str], times: Sequence[float]) -> list[Window]:
@@ -255,8 +265,9 @@ class RecommendationDomain:
             raise ValueError(f"examples: {rows_of(examples)} rows, expected one")
         with torch.no_grad():
             logits, targets = self._logits(model, examples)
-        scores = self.new_items(logits[..., 1:].float(), examples)
-        first = scores[0, 0].topk(min(SHOWN, len(self.items))).indices.tolist()
+        scores = self.new_items(logits[..., 1:].float(), examples)[0, 0]
+        best = scores.topk(SHOWN)
+        first = best.indices[best.values > torch.finfo(scores.dtype).min].tolist()  # a short catalogue runs out
         truth = int(targets[0, 0]) - 1
         return {"top 10": "; ".join(f"[{self.titles[i]}]" if i == truth else self.titles[i] for i in first)}
 

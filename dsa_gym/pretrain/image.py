@@ -1,12 +1,13 @@
 """Pre-training of the image backbone: ``dsa-gym pretrain image --data FILE --out DIR``.
 
-A class-conditional diffusion transformer on pixels (DiT; Peebles and Xie, 2023) that predicts the noise of a DDPM (Ho
-et al., 2020). Some users are held out altogether, so that a bundle made of the same file has people whom nothing was
-trained on.
+A class-conditional diffusion transformer on pixels (DiT; Peebles and Xie, 2023) under the noise of a DDPM (Ho et al.,
+2020), which predicts the velocity ``sqrt(abar_t) eps - sqrt(1 - abar_t) x_0`` (Salimans and Ho, 2022). Some users are
+held out altogether, so that a bundle made of the same file has people whom nothing was trained on.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -110,15 +111,19 @@ def pretrain_image(
         raise ValueError(f"users: images of shapes {sorted(shapes)}, expected one shape")
     shape = shapes.pop()
     channels = 1 if len(shape) == 2 else shape[2]
-    key = {"config": asdict(config), "data": storage.checksums(data_files), "users": len(users)}
-    claim(out, key)
     conditions = sorted({condition for user in users for condition in user.conditions})
     groups = config.split([user.user for user in users])
-    scheduler = import_diffusers().DDPMScheduler(num_train_timesteps=config.timesteps)
+    scheduler = import_diffusers().DDPMScheduler(num_train_timesteps=config.timesteps, prediction_type="v_prediction")
     domain = ImageDomain(scheduler, conditions, channels=channels, size=shape[0])
     examples = {name: domain.encode(_examples(users, groups[name]))[0] for name in groups}
     torch.manual_seed(config.seed)
     model = build_model(config, channels=channels, size=shape[0], classes=len(conditions))
+    ordered = sorted(users, key=lambda user: user.user)
+    content = storage.digest(
+        part for u in ordered for part in (json.dumps([u.user, u.conditions]).encode("ascii"), u.images.tobytes())
+    )
+    key = {"config": asdict(config), "data": storage.checksums(data_files), "users": len(users), "content": content}
+    claim(out, key)
     images, labels = examples["train"]["image"].float() / 127.5 - 1, examples["train"]["label"].long()
     alphas: Tensor = scheduler.alphas_cumprod
 
@@ -129,7 +134,7 @@ def pretrain_image(
         share = alphas[timestep][:, None, None, None]
         noised = share.sqrt() * images[chosen] + (1 - share).sqrt() * noise
         output = model(hidden_states=noised, timestep=timestep, class_labels=labels[chosen], return_dict=False)[0]
-        return torch.nn.functional.mse_loss(output, noise)
+        return torch.nn.functional.mse_loss(output, share.sqrt() * noise - (1 - share).sqrt() * images[chosen])
 
     @torch.no_grad()
     def measure(group: str, most: int) -> float:
@@ -149,7 +154,9 @@ def pretrain_image(
         checkpoint_every=checkpoint_every,
         validate=lambda: measure("validation", 512),
     )
-    model = model.half().float()  # measured as shipped
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.half())  # measured as shipped
     result: dict[str, Any] = {
         "validation_loss": measure("validation", 1 << 30),
         "seen": measure("train", 1024),

@@ -47,6 +47,10 @@ class Schedule:
                 raise ValueError(f"{name}={getattr(self, name)}: expected a positive integer")
         if not 0 < self.learning_rate < float("inf"):
             raise ValueError(f"learning_rate={self.learning_rate}: expected a positive number")
+        if not 0 <= self.weight_decay < float("inf"):
+            raise ValueError(f"weight_decay={self.weight_decay}: expected a number of at least 0")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed={self.seed}: expected an integer from 0 to 2^32 - 1")
 
     def rate(self, step: int) -> float:
         """Learning rate of a step: linear warm-up over the first 5 %, then a cosine to a twentieth of the peak."""
@@ -167,10 +171,7 @@ def fit(
             group["lr"] = schedule.rate(state.step)
         torch.manual_seed(schedule.seed * 1_000_003 + state.step)
         value = loss(np.random.default_rng((schedule.seed, state.step)))
-        if not torch.isfinite(value):
-            raise FloatingPointError(
-                f"pre-training loss is {float(value.detach())} at step {state.step}: lower learning_rate"
-            )
+        _finite(float(value.detach()), "pre-training", state.step)
         optimizer.zero_grad()
         value.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -181,7 +182,7 @@ def fit(
             bar.set_postfix(loss=f"{float(value.detach()):.3f}")
         at_end = state.step == schedule.steps
         if validate is not None and (at_end or state.step % checkpoint_every == 0):
-            state.keep_best(validate(), model)
+            state.keep_best(_finite(validate(), "validation", state.step), model)
         if state.step % checkpoint_every == 0 and not at_end:
             state.seconds = time.monotonic() - began
             _checkpoint(state_file, model, optimizer, state)
@@ -189,6 +190,12 @@ def fit(
     if state.best is not None:
         _load(model, state.best[1])
     return time.monotonic() - began
+
+
+def _finite(loss: float, name: str, step: int) -> float:
+    if not math.isfinite(loss):
+        raise FloatingPointError(f"{name} loss is {loss} at step {step}: lower learning_rate")
+    return loss
 
 
 @dataclass

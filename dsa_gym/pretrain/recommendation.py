@@ -7,6 +7,7 @@ same file has people whom nothing was trained on; of the others the latest inter
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from dsa_gym import storage
 from dsa_gym.data import UserInteractions
-from dsa_gym.domains.recommendation import CATALOGUE, RecommendationDomain
+from dsa_gym.domains.recommendation import CATALOGUE, SHOWN, RecommendationDomain
 from dsa_gym.metrics.ranking import ranking_metric, ranks
 from dsa_gym.pretrain.loop import UsersConfig, claim, fit
 from dsa_gym.recommenders import ItemNeighbours, popularity
@@ -55,8 +56,8 @@ class RecommendationPretrainConfig(UsersConfig):
             ValueError: If a value is out of range; the message names it.
         """
         super().__post_init__()
-        if self.window < 1:
-            raise ValueError(f"window={self.window}: expected a positive integer")
+        if self.window < 2:
+            raise ValueError(f"window={self.window}: expected at least 2 items, one to predict from another")
         for name in ("dropout", "latest"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: expected a share in [0, 1)")
@@ -123,12 +124,16 @@ def pretrain_recommendation(
     """
     config = config or RecommendationPretrainConfig()
     out = Path(out)
-    key = {"config": asdict(config), "data": storage.checksums(data_files), "users": len(users)}
-    claim(out, key)
     items = sorted({item for user in users for item in user.items})
+    if len(items) < SHOWN:
+        raise ValueError(f"users: {len(items)} different items in all, expected {SHOWN} or more")
+    groups = config.split([user.user for user in users])
+    ordered = sorted(users, key=lambda user: user.user)
+    content = storage.digest(json.dumps([u.user, u.items, u.times]).encode("ascii") for u in ordered)
+    key = {"config": asdict(config), "data": storage.checksums(data_files), "users": len(users), "content": content}
+    claim(out, key)
     token = {item: index + 1 for index, item in enumerate(items)}
     sequence = {user.user: np.asarray([token[item] for item in user.items]) for user in users}
-    groups = config.split(sorted(sequence))
     trained = [_earlier(sequence[user], config.latest) for user in groups["train"]]
     torch.manual_seed(config.seed)
     model = build_model(config, len(items))
@@ -185,16 +190,35 @@ def _compare(
     model: GPT2LMHeadModel, trained: Sequence[np.ndarray], sequences: Sequence[np.ndarray], items: int, window: int
 ) -> dict[str, dict[str, float]]:
     """Rank each sequence's last item among all items that are not in the rest of it."""
-    histories = [sequence[:-1] for sequence in sequences]
     counted = [sequence - 1 for sequence in trained]  # item indices
-    neighbours = ItemNeighbours(counted, items)
+    rivals = (popularity(counted, items), ItemNeighbours(counted, items))
+    parts = [sequences[start : start + 256] for start in range(0, len(sequences), 256)]
+    places = [_places(model, part, window, *rivals) for part in parts]
+    return {
+        name: {
+            metric: float(ranking_metric(metric, torch.cat([place[name] for place in places])).mean())
+            for metric in METRICS
+        }
+        for name in places[0]
+    }
+
+
+def _places(
+    model: GPT2LMHeadModel,
+    sequences: Sequence[np.ndarray],
+    window: int,
+    popular: Tensor,
+    neighbours: ItemNeighbours,
+) -> dict[str, Tensor]:
+    """Rank of each sequence's last item by each recommender, (sequences,)."""
+    histories = [sequence[:-1] for sequence in sequences]
     logits = [
         model(input_ids=torch.from_numpy(np.r_[0, h[-(window - 1) :]])[None], use_cache=False).logits[0, -1, 1:]
         for h in histories
     ]
     scores = {
         "model": torch.stack(logits),
-        "popularity": popularity(counted, items).expand(len(histories), -1),
+        "popularity": popular.expand(len(histories), -1),
         "item-kNN": neighbours.scores([history - 1 for history in histories]),
     }
     row = torch.from_numpy(np.repeat(np.arange(len(histories)), [len(h) for h in histories]))
@@ -204,8 +228,7 @@ def _compare(
     for name, value in scores.items():
         table = value.clone()
         table[row, known] = torch.finfo(table.dtype).min
-        place = ranks(table, target)
-        result[name] = {metric: float(ranking_metric(metric, place).mean()) for metric in METRICS}
+        result[name] = ranks(table, target)
     return result
 
 

@@ -35,6 +35,7 @@ def make_frame(layers: int = 4, per_layer: int = 2, pathways: int = 8, **changes
         "layers": tuple(layer for layer in range(layers) for _ in range(per_layer)),
         "loss": 4.4321,
         "penalty": 0.0721,
+        "unit": "nats per token",
         "active_parameters": 16_384,
         "total_parameters": 131_072,
         "gates": "01001000",
@@ -201,7 +202,7 @@ def test_nothing_decided_yet() -> None:
     text = plain(ansi(make_frame(**UNDECIDED)))
     assert NO_DECISION in text
     assert PROMPT in text
-    for absent in ("None", "nats", "gates", "density"):
+    for absent in ("None", "nats per token", "gates", "density"):
         assert absent not in text
 
 

@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dsa_gym.backbone import SHIPPED, Backbone
 from dsa_gym.domains import Examples, rows_of, take
-from dsa_gym.domains.image import BANK, ImageDomain, ImageExample
+from dsa_gym.domains.image import BANK, PREDICTIONS, ImageDomain, ImageExample
 from dsa_gym.model import AdaptedModel
 from dsa_gym.pathways import ActiveAdapters, AdapterShape
 
@@ -106,8 +106,14 @@ def reference_losses(domain: ImageDomain, model: nn.Module, examples: Examples) 
             label = examples["label"][row : row + 1].long()
             with torch.no_grad():
                 predicted = model(noised, timestep=torch.tensor([t]), class_labels=label).sample
-            error = (predicted[0, : domain.channels].double().numpy() - noise) * np.sqrt(1 / kept[t] - 1)
-            losses[row, j] = np.mean(error**2)
+            output = predicted[0, : domain.channels].double().numpy()
+            signal, sigma = np.sqrt(kept[t]), np.sqrt(1 - kept[t])
+            image = {
+                "epsilon": (noised[0].double().numpy() - sigma * output) / signal,
+                "sample": output,
+                "v_prediction": signal * noised[0].double().numpy() - sigma * output,
+            }[domain.scheduler.config.prediction_type]
+            losses[row, j] = np.mean((image - clean) ** 2)
     return losses
 
 
@@ -187,11 +193,21 @@ def test_draws_cover_the_levels_and_the_bank(domain: ImageDomain) -> None:
     assert len(examples["noise"].unique()) > 400
 
 
+def predicting(folder: Path, what: str) -> Path:
+    """The backbone in a folder as one that predicts something else."""
+    file = folder / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"prediction_type": what}))
+    return folder
+
+
+@pytest.mark.parametrize("what", PREDICTIONS)
 @pytest.mark.parametrize(
     ("changes", "draws"), [({}, 2), ({}, 4), ({"out_channels": 2}, 2), ({"in_channels": 3, "out_channels": 6}, 2)]
 )
-def test_losses_are_the_mean_squared_error_of_the_image(write: Write, changes: dict[str, Any], draws: int) -> None:
-    folder = write(**changes)
+def test_losses_are_the_mean_squared_error_of_the_image(
+    write: Write, changes: dict[str, Any], draws: int, what: str
+) -> None:
+    folder = predicting(write(**changes), what)
     domain = ImageDomain.build(str(folder), draws=draws)
     backbone = Backbone.load(folder)
     domain.check(backbone)
@@ -379,8 +395,10 @@ def test_generate(adapted: AdaptedModel, domain: ImageDomain, generator: torch.G
     assert not torch.equal(bare, generate(everything, None))
 
 
-def test_generate_inverts_the_noise(domain: ImageDomain) -> None:
-    """One step of a model that knows the noise arrives at the image."""
+@pytest.mark.parametrize("what", PREDICTIONS)
+def test_generate_inverts_the_noise(write: Write, what: str) -> None:
+    """A model that knows the image arrives at it."""
+    domain = ImageDomain.build(str(predicting(write(), what)))
     clean = torch.from_numpy(np.stack([example.image for example in draw(3)]))[:, None]
     noise = torch.randn(3, 1, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
 
@@ -388,8 +406,10 @@ def test_generate_inverts_the_noise(domain: ImageDomain) -> None:
         """Knows the clean image, and so the noise that is in a noised one."""
 
         def forward(self, hidden_states: Tensor, timestep: Tensor, **_: Any) -> tuple[Tensor]:  # type: ignore[override]
-            alphas = domain.alphas[timestep][:, None, None, None]
-            return ((hidden_states - alphas.sqrt() * self.noise) / (1 - alphas).sqrt(),)
+            alphas, clean = domain.alphas[timestep][:, None, None, None], self.noise
+            noise = (hidden_states - alphas.sqrt() * clean) / (1 - alphas).sqrt()
+            velocity = alphas.sqrt() * noise - (1 - alphas).sqrt() * clean
+            return ({"epsilon": noise, "sample": clean, "v_prediction": velocity}[what],)
 
     images = domain.generate(Ideal(clean / 127.5 - 1), torch.zeros(3).long(), noise, steps=10)
     assert (images.int() - clean.int()).abs().max() <= 1
@@ -464,7 +484,7 @@ def test_damaged_files(write: Write, name: str, content: str | None) -> None:
 @pytest.mark.parametrize(
     ("schedule", "message"),
     [
-        ({"prediction_type": "v_prediction"}, "prediction_type='v_prediction': expected 'epsilon'"),
+        ({"prediction_type": "flow"}, "prediction_type='flow': expected one of epsilon, sample, v_prediction"),
         ({"rescale_betas_zero_snr": True, "beta_end": 1.0}, "each with some image and some noise"),
         ({"num_train_timesteps": 2**15 + 1, "beta_start": 1e-9, "beta_end": 1e-5}, "at most 32,768 timesteps"),
     ],

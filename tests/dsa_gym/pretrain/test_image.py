@@ -187,7 +187,8 @@ def test_a_run_that_failed_goes_on_bit_for_bit(
 def test_another_run_is_not_overwritten(unbroken: Result) -> None:
     out, _ = unbroken
     before = weights(out)
-    for users, settings in ((USERS, {"seed": 1}), (USERS, {"timesteps": 60}), (USERS[1:], {})):
+    read_otherwise = [*USERS[:-1], UserImages(USERS[-1].user, 255 - USERS[-1].images, USERS[-1].conditions)]
+    for users, settings in ((USERS, {"seed": 1}), (USERS, {"timesteps": 60}), (USERS[1:], {}), (read_otherwise, {})):
         with pytest.raises(ValueError, match="holds a run with another configuration or data"):
             pretrained(out, users, **settings)
     assert weights(out) == before
@@ -212,6 +213,7 @@ def test_images_that_cannot_be_used(tmp_path: Path) -> None:
         pretrained(tmp_path / "patch", patch=5)
     with pytest.raises(DataError, match="2 users are too few"):
         pretrained(tmp_path / "few", USERS[:2])
+    assert not any(tmp_path.iterdir())  # a refused attempt claims no folder
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -130,6 +131,19 @@ def test_rate_rises_to_the_peak_and_falls_to_a_twentieth(steps: int, peak: float
     assert rates[top:] == sorted(rates[top:], reverse=True)
     assert top <= max(1, steps // 20)
     assert min(rates[top:]) >= peak / 20 * (1 - 1e-9)
+
+
+def test_a_validation_loss_that_is_not_finite(tmp_path: Path) -> None:
+    model = torch.nn.Linear(1, 1)
+    with pytest.raises(FloatingPointError, match="validation loss is nan at step 2: lower learning_rate"):
+        fit(
+            model,
+            lambda _: model(torch.ones(1)).sum(),
+            Schedule(steps=4),
+            tmp_path / "state.safetensors",
+            checkpoint_every=2,
+            validate=lambda: math.nan,
+        )
 
 
 def test_a_folder_belongs_to_one_run(tmp_path: Path) -> None:

@@ -224,7 +224,8 @@ def test_a_run_that_failed_goes_on_bit_for_bit(
 def test_another_run_is_not_overwritten(unbroken: Result) -> None:
     out, _ = unbroken
     before = weights(out)
-    for users, settings in ((USERS, {"seed": 1}), (USERS, {"steps": 13}), (USERS[1:], {})):
+    read_otherwise = [*USERS[:-1], replace(USERS[-1], times=tuple(time + 1 for time in USERS[-1].times))]
+    for users, settings in ((USERS, {"seed": 1}), (USERS, {"steps": 13}), (USERS[1:], {}), (read_otherwise, {})):
         with pytest.raises(ValueError, match="holds a run with another configuration or data"):
             pretrained(out, users, **settings)
     assert weights(out) == before
@@ -239,6 +240,15 @@ def test_loss_that_is_not_finite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_too_few_users(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="2 users are too few"):
         pretrained(tmp_path, USERS[:2])
+    pretrained(tmp_path)  # the refused attempt did not claim the folder
+
+
+def test_users_that_cannot_be_used(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="users must be distinct"):
+        pretrained(tmp_path, [*USERS, USERS[0]])
+    few = [UserInteractions(user.user, user.items[:1], user.times[:1], None) for user in USERS[:5]]
+    with pytest.raises(ValueError, match="different items in all, expected 10 or more"):
+        pretrained(tmp_path, few)
 
 
 @pytest.mark.parametrize(
@@ -246,7 +256,10 @@ def test_too_few_users(tmp_path: Path) -> None:
     [
         ({"steps": 0}, "steps=0"),
         ({"layers": 0}, "layers=0: expected a positive integer"),
-        ({"window": 0}, "window=0"),
+        ({"window": 1}, "window=1: expected at least 2"),
+        ({"weight_decay": -1.0}, "weight_decay=-1.0"),
+        ({"weight_decay": math.inf}, "weight_decay=inf"),
+        ({"seed": -1}, "seed=-1"),
         ({"width": 10, "heads": 4}, "width=10: expected a multiple of heads=4"),
         ({"dropout": 1.0}, "dropout=1.0"),
         ({"latest": -0.1}, "latest=-0.1"),
