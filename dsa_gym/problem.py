@@ -19,7 +19,7 @@ from torch import Tensor
 from dsa_gym.bundle import Bundle
 from dsa_gym.domains import Examples, domain_class, take, to_device
 from dsa_gym.masks import GRANULARITIES, MaskSpace
-from dsa_gym.model import AdaptedModel
+from dsa_gym.model import AdaptedModel, all_gates
 
 Bits = NDArray[np.uint8]
 
@@ -37,6 +37,7 @@ class GatingProblem:
         user: Index of each input's user, int64 (n,).
         table: Measured losses of the inputs under all masks (n, 2^G), or None.
         even_table: The share that even scored elements have in them, or None.
+        sizes: Parameters that each gate switches, float64 (G,).
     """
 
     def __init__(
@@ -85,8 +86,9 @@ class GatingProblem:
         self.rows = bundle.rows(split)[chosen]
         self.user = bundle.user[self.rows]
         self.table, self.even_table = (self._measured(even, inputs) for even in (False, True))
+        self._best: dict[int, NDArray[np.float64]] = {}
         self._cache: OrderedDict[bytes, float] = OrderedDict()
-        self._sizes = self.space.sizes.numpy().astype(np.float64)
+        self.sizes = self.space.sizes.numpy().astype(np.float64)
 
     def __len__(self) -> int:
         """Number of inputs n."""
@@ -123,11 +125,31 @@ class GatingProblem:
 
     def active_parameters(self, gates: Bits) -> NDArray[np.int64]:
         """``||m||_0`` of gates (rows, G), int64 (rows,)."""
-        return (gates @ self._sizes).astype(np.int64)
+        return (gates @ self.sizes).astype(np.int64)
 
     def rewards(self, inputs: NDArray[np.int64], gates: Bits) -> NDArray[np.float64]:
         """``-loss - l0_penalty * active_parameters`` of inputs (rows,) under gates (rows, G)."""
         return -self.losses(inputs, gates).astype(np.float64) - self.l0_penalty * self.active_parameters(gates)
+
+    @property
+    def optimum_known(self) -> bool:
+        """Whether :meth:`best_rewards` can tell: the losses under all masks are measured."""
+        return self.table is not None
+
+    def best_rewards(self, inputs: NDArray[np.int64], *, budget: int | None = None) -> NDArray[np.float64]:
+        """Reward of the best mask of each input (rows,), of those with at most ``budget`` active parameters.
+
+        Raises:
+            ValueError: If the losses under all masks are not known.
+        """
+        if self.table is None:
+            raise ValueError("table: the losses under all masks are not measured, the optimum is not known")
+        budget = self.bundle.shape.size if budget is None else budget
+        if budget not in self._best:
+            active = self.active_parameters(all_gates(self.space).numpy())
+            rewards = -self.table.astype(np.float64) - self.l0_penalty * active
+            self._best[budget] = rewards[:, active <= budget].max(1)
+        return self._best[budget][inputs]
 
     def losses(self, inputs: NDArray[np.int64], gates: Bits) -> NDArray[np.float32]:
         """Loss of inputs (rows,), indices into the split, under binary gates (rows, G).

@@ -7,32 +7,56 @@ stable-baselines3 ``VecEnv``.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import gymnasium as gym
 
 if TYPE_CHECKING:
     from dsa_gym.envs.sb3 import GymnasiumVecEnv
 
-__all__ = ["ENVIRONMENTS", "make_sb3_vec_env", "register"]
+__all__ = ["DOMAINS", "ENVIRONMENTS", "PROBLEMS", "Registration", "make_sb3_vec_env", "register"]
 
-ENVIRONMENTS: dict[str, dict[str, Any]] = {
-    "DSA-Text-v0": {"domain": "text"},
-    "DSA-Rec-v0": {"domain": "recommendation"},
-    "DSA-Image-v0": {"domain": "image"},
-}
-"""Every registered id and the arguments that tell it apart."""
+DOMAINS = {"Text": "text", "Rec": "recommendation", "Image": "image"}
+"""Name in the ids to the domain."""
+
+PROBLEMS = {"": "gating:Gating", "Budget": "budget:Budget", "Table": "table:Table"}
+"""Name in the ids to module and prefix of the classes, for the problems over a domain's bundle."""
+
+
+class Registration(NamedTuple):
+    """What an id stands for.
+
+    Attributes:
+        classes: ``module:Prefix``: the scalar environment is ``PrefixEnv``, the batched one ``PrefixVectorEnv``.
+        domain: The domain whose bundles it takes; None if it takes none.
+    """
+
+    classes: str
+    domain: str | None
+
+    @property
+    def kwargs(self) -> dict[str, Any]:
+        """Arguments that tell it apart from others of these classes."""
+        return {} if self.domain is None else {"domain": self.domain}
+
+
+ENVIRONMENTS: dict[str, Registration] = {
+    f"DSA-{name}{problem}-v0": Registration(classes, domain)
+    for problem, classes in PROBLEMS.items()
+    for name, domain in DOMAINS.items()
+} | {"DSA-Planted-v0": Registration("planted:Planted", None)}
+"""Every registered id."""
 
 
 def register() -> None:
     """Register every id with Gymnasium; entry points are strings, so nothing heavy is imported."""
-    for name, kwargs in ENVIRONMENTS.items():
+    for name, registration in ENVIRONMENTS.items():
         if name not in gym.registry:
             gym.register(
                 name,
-                entry_point="dsa_gym.envs.gating:GatingEnv",
-                vector_entry_point="dsa_gym.envs.gating:GatingVectorEnv",
-                kwargs=kwargs,
+                entry_point=f"dsa_gym.envs.{registration.classes}Env",
+                vector_entry_point=f"dsa_gym.envs.{registration.classes}VectorEnv",
+                kwargs=registration.kwargs,
             )
 
 

@@ -143,7 +143,7 @@ def image_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def bundle_of(request: pytest.FixtureRequest) -> Callable[[str], Path]:
     """The small bundle of the domain of an environment id, made when it is first asked for."""
     fixtures = {"text": "bundle_folder", "recommendation": "recommendation_bundle", "image": "image_bundle"}
-    return lambda env_id: request.getfixturevalue(fixtures[ENVIRONMENTS[env_id]["domain"]])
+    return lambda env_id: request.getfixturevalue(fixtures[ENVIRONMENTS[env_id].domain or ""])
 
 
 @pytest.fixture(scope="session")
