@@ -19,7 +19,7 @@ __all__ = ["DOMAINS", "ENVIRONMENTS", "PROBLEMS", "Registration", "make_sb3_vec_
 DOMAINS = {"Text": "text", "Rec": "recommendation", "Image": "image"}
 """Name in the ids to the domain."""
 
-PROBLEMS = {"": "gating:Gating", "Budget": "budget:Budget", "Table": "table:Table"}
+PROBLEMS = {"": "gating:Gating", "Budget": "budget:Budget", "Table": "table:Table", "Drift": "drift:Drift"}
 """Name in the ids to module and prefix of the classes, for the problems over a domain's bundle."""
 
 

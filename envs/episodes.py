@@ -60,12 +60,22 @@ class Episodes:
             first: Their first input, or -1 to draw one of the user's uniformly. A given input decides the
                 user.
         """
-        drawn = self._users[self._draw(where, len(self._users))]
+        drawn = self.any_user(where)
         owner = np.where(first >= 0, self._owners[first], np.where(user >= 0, user, drawn))
         self.user[where] = owner
         self.steps[where] = 0
         own = self._draw_input(where)
         self.input[where] = np.where(first >= 0, first, own)
+
+    def any_user(self, where: NDArray[np.intp]) -> NDArray[np.int64]:
+        """Draw a user of the split for each environment in ``where``."""
+        drawn: NDArray[np.int64] = self._users[self.draw(where, len(self._users))]
+        return drawn
+
+    def change_user(self, where: NDArray[np.intp]) -> None:
+        """Go on with any user of the split, and one of that user's inputs, in the environments ``where``."""
+        self.user[where] = self.any_user(where)
+        self.input[where] = self._draw_input(where)
 
     def advance(self) -> NDArray[np.bool_]:
         """Count a step everywhere and draw the next input of those that go on; returns which ended."""
@@ -78,10 +88,10 @@ class Episodes:
 
     def _draw_input(self, where: NDArray[np.intp]) -> NDArray[np.int64]:
         place = np.searchsorted(self._users, self.user[where])
-        drawn: NDArray[np.int64] = self._order[self._start[place] + self._draw(where, self._count[place])]
+        drawn: NDArray[np.int64] = self._order[self._start[place] + self.draw(where, self._count[place])]
         return drawn
 
-    def _draw(self, where: NDArray[np.intp], bound: int | NDArray[np.int64]) -> NDArray[np.int64]:
+    def draw(self, where: NDArray[np.intp], bound: int | NDArray[np.int64]) -> NDArray[np.int64]:
         """One uniform integer below ``bound`` for each environment in ``where``."""
         self._counter[where] += np.uint64(1)
         bits = _mix(self._key[where] + self._counter[where] * _GOLDEN)

@@ -78,6 +78,8 @@ class GymnasiumVecEnv(VecEnv):
     def env_method(self, method_name: str, *method_args: Any, indices: Any = None, **method_kwargs: Any) -> list[Any]:
         """Call a method of the batch, and return its result once per environment asked for."""
         result = getattr(self.envs, method_name)(*method_args, **method_kwargs)
+        if method_name == "action_masks":  # sb3-contrib asks each environment for its own
+            return [result[i] for i in self._get_indices(indices)]
         return [result for _ in self._get_indices(indices)]
 
     def env_is_wrapped(self, wrapper_class: Any, indices: Any = None) -> list[bool]:
