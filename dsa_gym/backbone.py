@@ -53,6 +53,7 @@ class Backbone:
     Attributes:
         model: The transformers or diffusers model: eval mode, no parameter requires a gradient.
         sites: The adapter sites in order of execution.
+        blocks: Paths of the blocks that could have sites, in order of execution.
         source: What it was loaded from.
     """
 
@@ -73,6 +74,7 @@ class Backbone:
         self.model = model.eval().requires_grad_(False)
         self.source = source
         self.sites = find_sites(model, layers=layers, kinds=kinds, site_names=site_names)
+        self.blocks = tuple(path for path, _ in _blocks(model, (site_names,) if site_names else SITE_NAMES))
         self._active: ActiveAdapters | None = None
         for index, site in enumerate(self.sites):
             model.get_submodule(site.module).register_forward_hook(self._hook(index))

@@ -120,7 +120,8 @@ class GatingProblem:
         return self.bundle.model(device=self.device)
 
     @cached_property
-    def _phi(self) -> Tensor:
+    def phi(self) -> Tensor:
+        """Adapter parameters of the bundle's users (users, P), on the device."""
         return self.bundle.phi.to(self.device)
 
     def active_parameters(self, gates: Bits) -> NDArray[np.int64]:
@@ -183,7 +184,7 @@ class GatingProblem:
                     if bool((users == users[0]).all()):
                         users = users[:1]
                     bits = torch.from_numpy(gates[start : start + batch_size]).to(self.device, torch.float32)
-                    losses = self._loss(examples, self._phi, self.space.expand(bits), users.to(self.device))
+                    losses = self._loss(examples, self.phi, self.space.expand(bits), users.to(self.device))
                 pieces.append(losses.float().cpu())
         return torch.cat(pieces).numpy()
 
@@ -197,7 +198,7 @@ class GatingProblem:
         row = self.rows[index : index + 1]
         examples = to_device(take(self.bundle.examples, row), self.device)
         mask = self.space.expand(torch.from_numpy(gates[None]).to(self.device, torch.float32))
-        return self.model.outcome(examples, self._phi[self.user[index : index + 1]], mask)
+        return self.model.outcome(examples, self.phi[self.user[index : index + 1]], mask)
 
     def relaxed_losses(self, inputs: Tensor, gates: Tensor) -> Tensor:
         """Losses (rows,), differentiable with respect to gates (rows, G) in [0, 1].
@@ -212,7 +213,7 @@ class GatingProblem:
         rows, users = self.rows[inputs], self.user[inputs]
         examples = to_device(take(self.bundle.examples, rows), self.device)
         mask = self.space.expand(gates.to(self.device))
-        losses = self.model.losses(examples, self._phi, mask, users=users.to(self.device))
+        losses = self.model.losses(examples, self.phi, mask, users=users.to(self.device))
         return losses.to(gates.device)
 
     def _cached_losses(self, inputs: NDArray[np.int64], gates: Bits) -> NDArray[np.float32]:

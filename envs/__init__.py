@@ -19,7 +19,13 @@ __all__ = ["DOMAINS", "ENVIRONMENTS", "PROBLEMS", "Registration", "make_sb3_vec_
 DOMAINS = {"Text": "text", "Rec": "recommendation", "Image": "image"}
 """Name in the ids to the domain."""
 
-PROBLEMS = {"": "gating:Gating", "Budget": "budget:Budget", "Table": "table:Table", "Drift": "drift:Drift"}
+PROBLEMS = {
+    "": "gating:Gating",
+    "Layerwise": "layerwise:Layerwise",
+    "Budget": "budget:Budget",
+    "Drift": "drift:Drift",
+    "Table": "table:Table",
+}
 """Name in the ids to module and prefix of the classes, for the problems over a domain's bundle."""
 
 

@@ -67,6 +67,10 @@ class Domain(Protocol):
         """Frozen features (rows, F): of what is known before the decision (``context``) or of the whole example."""
         ...
 
+    def known_state(self, states: Tensor, examples: Examples) -> Tensor:
+        """Mean (rows, d) of the hidden states in ``losses``, (n, tokens, d), over what is known before the decision."""
+        ...
+
     def metric(self, model: nn.Module, name: str, examples: Examples) -> Tensor:
         """A task metric of each example (rows,), higher is better, without a gradient."""
         ...

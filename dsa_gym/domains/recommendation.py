@@ -223,6 +223,12 @@ class RecommendationDomain:
         bumps = torch.exp(-0.5 * ((examples["moment"][:, None] - centres) * (MOMENTS - 1)) ** 2)
         return torch.cat([*means, end, bumps * MOMENT_SCALE], dim=1)
 
+    def known_state(self, states: Tensor, examples: Examples) -> Tensor:
+        """Mean state over the history (rows, d): a causal model's states there know nothing of what follows."""
+        place = torch.arange(states.shape[1], device=states.device)
+        inside = ((place > 0) & (place <= examples["length"][:, None]))[..., None]
+        return (states.float() * inside).sum(1) / inside.sum(1)
+
     def new_items(self, scores: Tensor, examples: Examples) -> Tensor:
         """Scores of all items for every place (rows, targets, items), with those chosen before it put last."""
         tokens, length = examples["tokens"].long(), examples["length"][:, None, None].long()

@@ -119,6 +119,10 @@ class TextDomain:
         means = [(state * inside).sum(1) / inside.sum(1) for state in chosen]
         return torch.cat([*means, chosen[-1][:, -1]] if context else means, dim=1)
 
+    def known_state(self, states: Tensor, examples: Examples) -> Tensor:
+        """Mean state over the prefix (rows, d): a causal model's states there know nothing of what follows."""
+        return states[:, 1 : self.prefix_tokens].float().mean(1)
+
     def describe(self, examples: Examples, row: int) -> dict[str, str]:
         """Prompt and continuation of one example as text."""
         ids = examples["tokens"][row, : int(examples["length"][row])].tolist()

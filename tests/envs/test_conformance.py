@@ -25,10 +25,16 @@ from dsa_gym.envs import ENVIRONMENTS, register
 
 every_id = pytest.mark.parametrize("env_id", ENVIRONMENTS)
 SAME_STEP = {"autoreset_mode": AutoresetMode.SAME_STEP}
-STEP_INFO = {"loss", "active_parameters", "density", "user", "input", "regret"}
-ONE_MASK = [name for name, entry in ENVIRONMENTS.items() if not entry.classes.endswith("Budget")]
+STEP_INFO = {"loss", "active_parameters", "density", "user", "input"}
+
+
+def over(*problems: str) -> list[str]:
+    return [name for name, entry in ENVIRONMENTS.items() if entry.classes.split(":")[1] in problems]
+
+
+MASKS = over("Gating", "Table", "Planted", "Drift")
 """Where an action is the mask of one input."""
-BANDITS = [name for name in ONE_MASK if not ENVIRONMENTS[name].classes.endswith("Drift")]
+BANDITS = over("Gating", "Table", "Planted")
 """Where what is observed belongs to the input alone."""
 
 
@@ -71,15 +77,22 @@ def without_final_obs(infos: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in infos.items() if name not in ("final_obs", "_final_obs")}
 
 
-def same(first: Any, second: Any) -> bool:
-    """Equal in structure, types and bits; arrays of objects entry by entry."""
+def same(first: Any, second: Any, tolerance: float = 0.0) -> bool:
+    """Equal in structure, types and bits, or up to a tolerance; arrays of objects entry by entry."""
     if isinstance(first, np.ndarray) and first.dtype == object:
-        return len(first) == len(second) and all(same(a, b) for a, b in zip(first, second, strict=True))
+        return len(first) == len(second) and all(same(*pair, tolerance) for pair in zip(first, second, strict=True))
     if isinstance(first, dict):
-        return first.keys() == second.keys() and all(same(first[key], second[key]) for key in first)
+        return first.keys() == second.keys() and all(same(first[key], second[key], tolerance) for key in first)
     if isinstance(first, list | tuple):
-        return len(first) == len(second) and all(same(a, b) for a, b in zip(first, second, strict=True))
+        return len(first) == len(second) and all(same(*pair, tolerance) for pair in zip(first, second, strict=True))
+    if tolerance and isinstance(first, np.ndarray) and first.dtype.kind == "f":
+        return first.dtype == second.dtype and np.allclose(first, second, rtol=0, atol=tolerance)
     return data_equivalence(first, second, exact=True)
+
+
+def tolerance_of(env_id: str) -> float:
+    """Where losses are computed and not looked up, a batch differs from single rows in the last bits."""
+    return 1e-3 if env_id in over("Layerwise") else 0.0
 
 
 def test_importing_the_package_registers_and_loads_nothing_heavy() -> None:
@@ -129,7 +142,7 @@ def test_step(env_id: str, split: str, bundle: Path | None) -> None:
             np.testing.assert_array_equal(value, problem.observations[name][info["input"]])
         action = env.action_space.sample()
         next_observation, reward, terminated, truncated, step_info = env.step(action)
-        assert set(step_info) == STEP_INFO
+        assert set(step_info) == {*STEP_INFO, "regret"}
         assert {type(value) for value in step_info.values()} == {int, float}
         assert type(reward) is float and type(terminated) is bool and truncated is False
         assert step_info["user"] == info["user"] and step_info["input"] == info["input"]
@@ -206,7 +219,8 @@ def test_constructing_loads_nothing(env_id: str, vector: bool, bundle: Path | No
     assert "problem" not in env._core.__dict__
     env.reset(seed=0)
     env.step(env.action_space.sample())
-    assert "model" not in env.problem.__dict__, "rewards come from the bundle's table"
+    if env_id not in over("Layerwise"):
+        assert "model" not in env.problem.__dict__, "rewards come from the bundle's table"
 
 
 @every_id
@@ -231,19 +245,19 @@ def test_native_batch_is_the_synchronous_one(env_id: str, length: int, bundle: P
     assert native.metadata["autoreset_mode"] == other.metadata["autoreset_mode"] == AutoresetMode.SAME_STEP
     assert native.observation_space == other.observation_space
     assert native.action_space == other.action_space
-    assert same(native.reset(seed=7), other.reset(seed=7))
+    assert same(native.reset(seed=7), other.reset(seed=7), tolerance_of(env_id))
     native.action_space.seed(7)
     for step in range(8):
         action = native.action_space.sample()
         mine, theirs = native.step(action), other.step(action)
         if not native._core.final_obs:
             theirs = (*theirs[:4], without_final_obs(theirs[4]))
-        assert same(mine, theirs), f"step {step}"
+        assert same(mine, theirs, tolerance_of(env_id)), f"step {step}"
         assert mine[0] in native.observation_space
         if step == 1:  # from here on the episodes of environments 1 and 3 end out of step with the others
             options = {"reset_mask": np.array([False, True, False, True])}
             ours, reference = native.reset(options=dict(options)), other.reset(options=dict(options))
-            assert same(ours[0], reference[0])
+            assert same(ours[0], reference[0], tolerance_of(env_id))
             for name in ("user", "input"):
                 np.testing.assert_array_equal(ours[1][name], reference[1][name])
                 np.testing.assert_array_equal(ours[1][f"_{name}"], reference[1][f"_{name}"])
@@ -265,7 +279,7 @@ def test_asynchronous_batch(env_id: str, bundle: Path | None) -> None:
         theirs = rollout(env, 5)
         if not native._core.final_obs:
             theirs = [theirs[0], *((*step[:4], without_final_obs(step[4])) for step in theirs[1:])]
-        assert same(theirs, rollout(native, 5))
+        assert same(theirs, rollout(native, 5), tolerance_of(env_id))
     finally:
         env.close()
 
@@ -302,8 +316,8 @@ def test_rendering(env_id: str, mode: str, bundle: Path | None) -> None:
     assert len(vector.render()) == 2
     gates = scalar.get_wrapper_attr("problem").gates
     action = np.tile(np.arange(gates) % 2, (2, 1)).astype(np.int8)
-    if env_id not in ONE_MASK:
-        action = np.ones(2, np.int64)
+    if env_id not in MASKS:
+        action = np.ones_like(vector.action_space.sample())
     scalar.step(action[0])
     vector.step(action)
     picture, pictures = scalar.render(), vector.render()
@@ -311,7 +325,9 @@ def test_rendering(env_id: str, mode: str, bundle: Path | None) -> None:
     if mode == "ansi":
         assert isinstance(picture, str) and picture != before
         assert pictures[0] == picture != pictures[1]
-        assert ("0101" if env_id in ONE_MASK else "0100") in picture
+        assert {"Layerwise": "1111000", "Budget": "0100"}.get(
+            ENVIRONMENTS[env_id].classes.split(":")[1], "0101"
+        ) in picture
     else:
         assert picture.dtype == np.uint8 and picture.shape == (540, 960, 3)
         np.testing.assert_array_equal(pictures[0], picture)
@@ -330,7 +346,7 @@ def test_wrappers(env_id: str, bundle: Path | None, tmp_path: Path) -> None:
         _, reward, ended, _, info = recorded.step(recorded.action_space.sample())
         rewards.append(float(reward))
     assert info["episode"]["l"] == len(rewards) and info["episode"]["r"] == pytest.approx(sum(rewards))
-    if env_id in ONE_MASK:
+    if env_id in MASKS:
         assert len(rewards) == 2
 
         limited = make(env_id, bundle, episode_length=5, max_episode_steps=2)
@@ -347,7 +363,7 @@ def test_wrappers(env_id: str, bundle: Path | None, tmp_path: Path) -> None:
         ended = listed.step(actions)
         if ended[2][0]:
             break
-    assert infos["_episode"][0] and set(ended[4][0]["final_info"]) == STEP_INFO
+    assert infos["_episode"][0] and set(ended[4][0]["final_info"]) - {"regret"} == STEP_INFO
 
 
 @every_id
