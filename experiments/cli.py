@@ -147,6 +147,8 @@ def _parser() -> argparse.ArgumentParser:
     metrics.add_argument("bundle", help="folder, or a domain's name for its shipped bundle")
     metrics.add_argument("--split", default="test")
     metrics.add_argument("--interactions", type=Path, help="recommendation: the bundle's data, for the baselines")
+    metrics.add_argument("--style", action="store_true", help="images: whether a classifier knows the user by samples")
+    metrics.add_argument("--seed", type=int, default=0, help="of the samples and their classifier")
     metrics.add_argument("--json", type=Path, help="write the result here")
 
     info = add("info", _info, "print a bundle's manifest in readable form")
@@ -379,8 +381,14 @@ def _metrics(parsed: argparse.Namespace) -> None:
     from dsa_gym.experiments.task_metrics import show, task_metrics
     from dsa_gym.storage import write_json
 
-    result = task_metrics(Bundle.open(parsed.bundle), parsed.split, interactions=parsed.interactions)
+    bundle = Bundle.open(parsed.bundle)
+    result = task_metrics(bundle, parsed.split, interactions=parsed.interactions)
     show(result, console)
+    if parsed.style:
+        from dsa_gym.experiments.samples import judge_style, show_style
+
+        result["style"] = judge_style(bundle, seed=parsed.seed)
+        show_style(result["style"], console)
     if parsed.json:
         write_json(parsed.json, result)
         console.print(f"json: {parsed.json}")

@@ -107,17 +107,20 @@ def show(result: dict[str, Any], console: Console | None = None) -> None:
     title = f"{result['config']['agent']} on {result['config']['env']}: reward, 95 % intervals over users"
     table = Table(title=title)
     table.add_column("rung")
+    digits = 3 if abs(result["ladder"]["static"]["mean"]) >= 1 else 5  # squared errors are small
     for part in parts:
         table.add_column(f"{part['split']} ({part['users']} users, {part['inputs']} inputs)", justify="right")
     for name, label in RUNGS.items():
         if name in result["ladder"]:
-            table.add_row(label, *[_cell(part["ladder"].get(name)) for part in parts])
+            table.add_row(label, *[_cell(part["ladder"].get(name), digits) for part in parts])
     table.add_section()
-    table.add_row("agent, masks of other users", *[_cell(part["controls"]["shuffled_users"]) for part in parts])
-    table.add_row("agent, masks of other inputs", *[_cell(part["controls"]["shuffled_inputs"]) for part in parts])
+    table.add_row("agent, masks of other users", *[_cell(part["controls"]["shuffled_users"], digits) for part in parts])
+    table.add_row(
+        "agent, masks of other inputs", *[_cell(part["controls"]["shuffled_inputs"], digits) for part in parts]
+    )
     table.add_section()
-    table.add_row("headroom (reference - static)", *[_cell(part["headroom"]) for part in parts])
-    table.add_row("gain over static", *[_cell(part["gain_over_static"]) for part in parts])
+    table.add_row("headroom (reference - static)", *[_cell(part["headroom"], digits) for part in parts])
+    table.add_row("gain over static", *[_cell(part["gain_over_static"], digits) for part in parts])
     table.add_row("normalised score", *[_score(part) for part in parts])
     table.add_row("density", *[f"{part['density']:.3f}" for part in parts])
     table.add_row("active parameters", *[f"{part['active_parameters']:,.0f}" for part in parts])
@@ -151,14 +154,14 @@ def plot(result: dict[str, Any], path: Path) -> None:
                 [value["low"], value["high"]], [place, place], color=colours.get(name, "#9ca3af"), lw=3, alpha=0.6
             )
             axis.plot(value["mean"], place, "o", color=colours.get(name, "#6b7280"), ms=7)
-            axis.annotate(f"{value['mean']:.3f}", (value["mean"], place), (0, 7), textcoords="offset points",
+            axis.annotate(f"{value['mean']:.4g}", (value["mean"], place), (0, 7), textcoords="offset points",
             ha="center",
                           fontsize=8)  # fmt: skip
         axis.axvline(part["ladder"]["static"]["mean"], color="#111827", lw=0.8, ls=":")
         axis.set_yticks(range(len(rows)), [RUNGS[name] for name in rows])
         kind = "seen users, new inputs" if part["split"] == "seen" else f"unseen users ({part['split']})"
         axis.set_title(f"{kind}\nnormalised score {_score(part)}", fontsize=10)
-        axis.set_xlabel("reward; all-on left out: " + f"{part['ladder']['all']['mean']:.2f}")
+        axis.set_xlabel("reward; all-on left out: " + f"{part['ladder']['all']['mean']:.4g}")
         axis.grid(axis="x", alpha=0.3)
         for side in ("top", "right"):
             axis.spines[side].set_visible(False)

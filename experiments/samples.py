@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
+from rich.console import Console
+from rich.table import Table
 from torch import Tensor
 
 from dsa_gym import storage
@@ -151,6 +153,19 @@ def judge_style(bundle: Bundle, *, seed: int = 0, per_user: int = 8, steps: int 
         "settings": {"seed": seed, "per_user": per_user, "steps": steps},
         "versions": storage.versions(),
     }
+
+
+def show_style(result: dict[str, Any], console: Console) -> None:
+    """Print the table of :func:`judge_style`."""
+    counts = result["counts"]
+    table = Table(title=f"accuracy of a classifier of {counts['users']} users (chance {result['chance']:.3f})")
+    for name in ("images", "accuracy", "Fréchet distance"):
+        table.add_column(name)
+    for name, value in result["accuracy"].items():
+        distance = f"{result['frechet'][name]:.3f}" if name in result["frechet"] else ""
+        table.add_row(name, f"{value['mean']:.3f} [{value['low']:.3f}, {value['high']:.3f}]", distance)
+    console.print(table)
+    console.print(f"classifier and features: {result['extractor']['accuracy']}; not the published FID")
 
 
 def _halves(bundle: Bundle) -> tuple[Tensor, Tensor]:

@@ -197,6 +197,19 @@ def test_sha256(tmp_path: Path) -> None:
     assert storage.sha256(tmp_path / "a") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
 
 
+def test_the_checksum_of_a_folder_is_that_of_its_files(tmp_path: Path) -> None:
+    def checksum(**files: str) -> str:
+        folder = tmp_path / str(len(list(tmp_path.iterdir()))) / "data"
+        for name, content in files.items():
+            (folder / name).mkdir(parents=True)
+            (folder / name / "file").write_text(content)
+        return storage.checksums([folder])["data"]
+
+    same = checksum(ann="abc", bob="de")
+    assert same == checksum(bob="de", ann="abc")
+    assert len({same, checksum(ann="abc"), checksum(ann="ab", bob="cde"), checksum(ann="abc", rob="de")}) == 4
+
+
 def test_versions_leave_out_what_is_absent(monkeypatch: pytest.MonkeyPatch) -> None:
     found = storage.versions()
     assert found["python"].startswith("3.")

@@ -59,6 +59,9 @@ def test_image(tmp_path: Path) -> None:
     command("sample", tmp_path / "bundle", "--count", 2, "--out", tmp_path / "sheet.png")
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert sheet.size[0] > 2 * 28
+    command("metrics", tmp_path / "bundle", "--style", "--json", tmp_path / "metrics.json")
+    measured = storage.read_json(tmp_path / "metrics.json")
+    assert "psnr" in measured["metrics"] and measured["style"]["accuracy"].keys() >= {"real", "personalised", "gain"}
 
 
 def test_scrubbed_text(tmp_path: Path, persona_file: Path) -> None:

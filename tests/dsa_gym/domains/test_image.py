@@ -113,7 +113,8 @@ def reference_losses(domain: ImageDomain, model: nn.Module, examples: Examples) 
                 "sample": output,
                 "v_prediction": signal * noised[0].double().numpy() - sigma * output,
             }[domain.scheduler.config.prediction_type]
-            losses[row, j] = np.mean((image - clean) ** 2)
+            error = (image - clean).reshape(domain.channels, SIZE // domain.scale, domain.scale, -1, domain.scale)
+            losses[row, j] = np.mean(error.mean((2, 4)) ** 2)
     return losses
 
 
@@ -188,8 +189,8 @@ def test_timesteps_are_stratified(draws: int, timesteps: int, seed: int) -> None
 def test_draws_cover_the_levels_and_the_bank(domain: ImageDomain) -> None:
     examples, _ = domain.encode(draw(400))
     for j in range(2):
-        # 400 uniform draws from 150: the mean is within four standard errors
-        assert abs(float(examples["timestep"][:, j].double().mean()) - (524.5 + 150 * j)) < 4 * 43.3 / 20
+        # 400 uniform draws from 175: the mean is within four standard errors
+        assert abs(float(examples["timestep"][:, j].double().mean()) - (687 + 175 * j)) < 4 * 50.5 / 20
     assert len(examples["noise"].unique()) > 400
 
 
@@ -201,14 +202,15 @@ def predicting(folder: Path, what: str) -> Path:
 
 
 @pytest.mark.parametrize("what", PREDICTIONS)
+@pytest.mark.parametrize("scale", [1, 4])
 @pytest.mark.parametrize(
     ("changes", "draws"), [({}, 2), ({}, 4), ({"out_channels": 2}, 2), ({"in_channels": 3, "out_channels": 6}, 2)]
 )
 def test_losses_are_the_mean_squared_error_of_the_image(
-    write: Write, changes: dict[str, Any], draws: int, what: str
+    write: Write, changes: dict[str, Any], draws: int, scale: int, what: str
 ) -> None:
     folder = predicting(write(**changes), what)
-    domain = ImageDomain.build(str(folder), draws=draws)
+    domain = ImageDomain.build(str(folder), draws=draws, scale=scale)
     backbone = Backbone.load(folder)
     domain.check(backbone)
     examples, _ = domain.encode(draw(4, channels=changes.get("in_channels", 1)))
@@ -276,7 +278,7 @@ def test_losses_have_second_derivatives(folder: Path, domain: ImageDomain, examp
 
 def test_features(adapted: AdaptedModel, examples: Examples) -> None:
     whole, context = adapted.features(examples, context=False), adapted.features(examples, context=True)
-    assert whole.shape == (6, 4 * 16) and context.shape == (6, 2 * 16)
+    assert whole.shape == (6, 4 * 16 + 49) and context.shape == (6, 2 * 16)
     assert whole.dtype == context.dtype == torch.float32
     assert torch.isfinite(whole).all() and torch.isfinite(context).all()
     for value, kind in ((whole, False), (context, True)):
@@ -290,7 +292,15 @@ def test_features(adapted: AdaptedModel, examples: Examples) -> None:
     with torch.no_grad():
         model(clean, timestep=torch.full((6,), 50), class_labels=examples["label"].long())
     expected = [state.mean(1) for state in states] + [state.std(1, correction=0) for state in states]
-    torch.testing.assert_close(whole, torch.cat(expected, dim=1))
+    torch.testing.assert_close(whole[:, :64], torch.cat(expected, dim=1))
+    # what the image is more than one step makes of pure noise, in 7 x 7 blocks
+    last = torch.full((6,), 999)
+    noise, alpha = adapted.domain.noise_bank[:1].expand(6, -1, -1, -1), adapted.domain.alphas[999]
+    with torch.no_grad():
+        predicted = model(noise, timestep=last, class_labels=examples["label"].long()).sample
+    unusual = clean - (noise - (1 - alpha).sqrt() * predicted) / alpha.sqrt()
+    blocks = torch.stack([nn.functional.adaptive_avg_pool2d(image, 7).flatten() for image in unusual])
+    torch.testing.assert_close(whole[:, 64:], 3 * blocks, rtol=1e-4, atol=1e-3)
 
 
 def test_features_leave_no_hooks(adapted: AdaptedModel, examples: Examples) -> None:
@@ -453,6 +463,8 @@ def test_images_of_another_shape_are_refused(domain: ImageDomain, image: Any, me
         ({"draws": 0}, "draws=0: expected an even number from 2 to the 1000 timesteps"),
         ({"draws": 3}, "draws=3"),
         ({"draws": 1002}, "draws=1002"),
+        ({"scale": 0}, "scale=0: expected a divisor of the images' size, 16"),
+        ({"scale": 5}, "scale=5"),
         ({"seed": -1}, "seed=-1"),
         ({"seed": 2**32}, "seed=4294967296"),
     ],
@@ -463,9 +475,9 @@ def test_settings_out_of_range(folder: Path, settings: dict[str, Any], message: 
 
 
 def test_settings_make_the_domain_again(folder: Path) -> None:
-    domain = ImageDomain.build(str(folder), draws=4, seed=9)
+    domain = ImageDomain.build(str(folder), draws=4, scale=2, seed=9)
     again = ImageDomain.build(str(folder), **json.loads(json.dumps(domain.settings())))
-    assert (again.draws, again.seed, again.conditions) == (4, 9, tuple(CONDITIONS))
+    assert (again.draws, again.scale, again.seed, again.conditions) == (4, 2, 9, tuple(CONDITIONS))
     first, second = (each.encode(draw(3))[0] for each in (domain, again))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
