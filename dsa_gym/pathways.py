@@ -128,6 +128,10 @@ class PathwayLibrary(nn.Module):
         self.phi = nn.Parameter(phi[0])
 
 
+CACHED = 2**21
+"""Numbers (8 MiB in fp32) that are still in a processor's cache when the last site multiplies them."""
+
+
 @dataclass
 class ActiveAdapters:
     """What the backbone's hooks apply during one forward.
@@ -135,8 +139,8 @@ class ActiveAdapters:
     Attributes:
         shape: Geometry.
         phi: Flat parameters (users, P); the rows of the batch are grouped by user, equally many each.
-        users: Row of ``phi`` of each user of the batch, int64; None if ``phi`` holds just them. Rows are taken site
-            by site, so that they are still in the processor's cache when they are multiplied.
+        users: Row of ``phi`` of each user of the batch, int64; None if ``phi`` holds just them. A few numbers are taken
+            at once; of many, each site's, so that they are still in the processor's cache when they are multiplied.
         gates: Component mask (rows, sites, rank) or None for all on. Masking a component's activation is masking its
             column of ``W_up`` and its row of ``W_down``.
         training: Whether dropout is on.
@@ -147,6 +151,11 @@ class ActiveAdapters:
     gates: Tensor | None = None
     users: Tensor | None = None
     training: bool = False
+
+    def __post_init__(self) -> None:
+        """Take the users' rows if they are small."""
+        if self.users is not None and self.users.numel() * self.phi.shape[1] <= CACHED:
+            self.phi, self.users = self.phi.index_select(0, self.users), None
 
     def __call__(self, hidden: Tensor, site: int) -> Tensor:
         """Return ``h + Dropout(relu(h W_up) W_down)`` of an output (rows, tokens, d) or (rows * tokens, d)."""

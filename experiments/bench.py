@@ -31,7 +31,8 @@ def bench(env_id: str, bundle: str | None, num_envs: int, repetitions: int, seed
     Returns:
         Milliseconds (median and quartiles) of: ``backbone``, the bare frozen model's forward and loss on the same
         inputs; ``adapted``, the same with every user's adapters and masks; ``step``, the whole environment step (on
-        inputs that it draws itself). ``adapter_overhead`` is the share that ``adapted`` adds, repetition by repetition.
+        inputs that it draws itself). ``adapter_overhead`` and ``step_overhead`` are the shares that ``adapted`` and
+        ``step`` add to ``backbone``, repetition by repetition.
 
     Raises:
         ValueError: If an argument is wrong.
@@ -56,14 +57,15 @@ def bench(env_id: str, bundle: str | None, num_envs: int, repetitions: int, seed
         "step": lambda: envs.step(gates),
     }
     timed = _interleaved(functions, repetitions)
-    overhead = np.asarray(timed["adapted"]) / np.asarray(timed["backbone"]) - 1
+    bare = np.asarray(timed["backbone"])
     return {
         "env": env_id,
         "num_envs": num_envs,
         "users": len(np.unique(chosen)),
         "repetitions": repetitions,
         "milliseconds": {name: _quartiles(np.asarray(values)) for name, values in timed.items()},
-        "adapter_overhead": _quartiles(overhead),
+        "adapter_overhead": _quartiles(np.asarray(timed["adapted"]) / bare - 1),
+        "step_overhead": _quartiles(np.asarray(timed["step"]) / bare - 1),
         "steps_per_second": 1000 * num_envs / float(np.median(timed["step"])),
         "machine": {
             "processor": platform.processor() or platform.machine(),
@@ -100,7 +102,8 @@ def show(result: dict[str, Any], console: Console) -> None:
     for name, label in labels.items():
         value = result["milliseconds"][name]
         table.add_row(label, f"{value['median']:.2f} [{value['low']:.2f}, {value['high']:.2f}]")
-    value = result["adapter_overhead"]
-    table.add_row("overhead of adapters and masks", f"{value['median']:.1%} [{value['low']:.1%}, {value['high']:.1%}]")
+    for name, label in (("adapter_overhead", "overhead of adapters and masks"), ("step_overhead", "of the whole step")):
+        value = result[name]
+        table.add_row(label, f"{value['median']:.1%} [{value['low']:.1%}, {value['high']:.1%}]")
     console.print(table)
     console.print(f"{result['steps_per_second']:,.0f} steps per second on {result['machine']}")
