@@ -226,6 +226,11 @@ class Bundle:
         source = str(self.folder / "backbone") if record["copied"] else record["source"]
         return make_domain(self.domain, self.manifest["domain"]["settings"], backbone_source=source)
 
+    @property
+    def checksum(self) -> str:
+        """SHA-256 of the manifest, which has those of all other files."""
+        return storage.sha256(self.folder / "manifest.json")
+
     def table(self, split: str, *, even: bool = False) -> np.ndarray | None:
         """Measured losses of a split's inputs under all masks, (inputs, 2^G) memory-mapped, or None.
 

@@ -14,7 +14,8 @@ from dsa_gym.bundle import Bundle
 from dsa_gym.envs.core import BatchedEnv, ScalarEnv, Step, binary, discrete
 from dsa_gym.envs.gating import GatingCore
 from dsa_gym.model import all_gates
-from dsa_gym.problem import mask_codes
+from dsa_gym.problem import GatingProblem, mask_codes
+from dsa_gym.tables import read_table
 
 ACTIONS = ("binary", "discrete")
 
@@ -31,6 +32,7 @@ class TableCore(GatingCore):
         domain: str,
         bundle: str | Path | None = None,
         split: str = "train",
+        table: str | Path | None = None,
         actions: str = "binary",
         l0_penalty: float | None = None,
         episode_length: int = 1,
@@ -44,24 +46,41 @@ class TableCore(GatingCore):
         if actions not in ACTIONS:
             raise ValueError(f"actions={actions!r}: expected one of {', '.join(ACTIONS)}")
         source = str(bundle) if bundle is not None else domain
+        self._table = None if table is None else str(table)
+        opened = Bundle.open(source, verify=False)
+        granularity = opened.manifest["granularity"]
+        if table is not None:
+            _, about = read_table(Path(table), split)
+            granularity = about["granularity"]
+            if about["bundle"] != opened.checksum:
+                raise ValueError(f"table={str(table)!r}: was built of another bundle than {source!r}")
         super().__init__(
             num_envs=num_envs,
             domain=domain,
             bundle=bundle,
             split=split,
-            granularity=Bundle.open(source, verify=False).manifest["granularity"],
+            granularity=granularity,
             l0_penalty=l0_penalty,
             episode_length=episode_length,
             device="cpu",
             render_mode=render_mode,
         )
-        if self._opened.table(split) is None:
+        if table is None and self._opened.table(split) is None:
             raise ValueError(
                 f"bundle={source!r}: no measured losses of split {split!r}; only libraries of at most 8 gates have them"
             )
         self._discrete = actions == "discrete"
         if self._discrete:
             self.action_space = spaces.Discrete(2**self.gates)
+
+    @cached_property
+    def problem(self) -> GatingProblem:
+        """Scores masks by the table; opened and checked at the first reset."""
+        self._opened.verify()
+        problem = GatingProblem(self._opened, **self.arguments)
+        if self._table is not None:
+            problem.table, problem.even_table = read_table(Path(self._table), problem.split)[0], None
+        return problem
 
     @cached_property
     def _tables(self) -> tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.float64], NDArray[np.uint8]]:
@@ -133,12 +152,13 @@ class TableEnv(ScalarEnv):
     ## Arguments
 
     ```python
-    gym.make("DSA-TextTable-v0", bundle=None, split="train", actions="binary", l0_penalty=None, episode_length=1,
-             render_mode=None)
+    gym.make("DSA-TextTable-v0", bundle=None, split="train", table=None, actions="binary", l0_penalty=None,
+             episode_length=1, render_mode=None)
     ```
 
     * `bundle`: folder written by `dsa-gym prepare`; None for the domain's shipped bundle.
     * `split`: `train`, `seen`, `validation` or `test`.
+    * `table`: folder written by `dsa-gym table`, for a granularity of at most 16 gates; None for the bundle's own.
     * `actions`: `"binary"` or `"discrete"`.
     * `l0_penalty`: lambda, the price of an active parameter; None for the domain's.
     * `episode_length`: inputs per episode.

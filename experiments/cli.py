@@ -143,6 +143,26 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--out", type=Path, default=Path("samples.png"))
     sample.add_argument("--seed", type=int, default=0)
 
+    headroom = add("headroom", _headroom, "whether a bundle is worth a study: the ladder without an agent")
+    headroom.add_argument("bundle", help="folder, or a domain's name for its shipped bundle")
+    headroom.add_argument("--split", default="test")
+    headroom.add_argument("--prices", type=float, nargs="+", default=[0.0, 0.5, 1.0, 2.0, 4.0],
+                          help="lambda, as multiples of the domain's")  # fmt: skip
+    headroom.add_argument("--granularity", nargs="+", help="of the gates (default: that of the library)")
+    headroom.add_argument("--seed", type=int, default=0)
+    headroom.add_argument("--plot", type=Path, default=Path("headroom.png"))
+    headroom.add_argument("--json", type=Path, help="write the result here")
+
+    table = add("table", _table, "measure losses under all masks, for table environments; a killed build continues")
+    table.add_argument("bundle", help="folder, or a domain's name for its shipped bundle")
+    table.add_argument("--split", default="train")
+    table.add_argument("--granularity", help="of the gates, at most 16 (default: that of the library)")
+    table.add_argument("--out", type=Path, required=True)
+
+    docs = add("docs", _docs, "write the environments' pages")
+    docs.add_argument("--out", type=Path, default=Path("docs/environments"))
+    docs.add_argument("--seed", type=int, default=0)
+
     metrics = add("metrics", _metrics, "task metrics of a bundle's users: bare, shared, personalised and gated")
     metrics.add_argument("bundle", help="folder, or a domain's name for its shipped bundle")
     metrics.add_argument("--split", default="test")
@@ -392,6 +412,42 @@ def _metrics(parsed: argparse.Namespace) -> None:
     if parsed.json:
         write_json(parsed.json, result)
         console.print(f"json: {parsed.json}")
+
+
+def _headroom(parsed: argparse.Namespace) -> None:
+    from dsa_gym.bundle import Bundle
+    from dsa_gym.experiments.headroom import headroom, plot, show
+    from dsa_gym.storage import write_json
+
+    result = headroom(
+        Bundle.open(parsed.bundle),
+        parsed.split,
+        prices=parsed.prices,
+        granularities=parsed.granularity or (),
+        seed=parsed.seed,
+    )
+    show(result, console)
+    plot(result, parsed.plot)
+    console.print(f"plot: {parsed.plot}")
+    if parsed.json:
+        write_json(parsed.json, result)
+        console.print(f"json: {parsed.json}")
+
+
+def _table(parsed: argparse.Namespace) -> None:
+    from dsa_gym.bundle import Bundle
+    from dsa_gym.problem import GatingProblem
+    from dsa_gym.tables import build_table
+
+    bundle = Bundle.open(parsed.bundle)
+    problem = GatingProblem(bundle, parsed.split, granularity=parsed.granularity, cache_bytes=0)
+    console.print(f"table: {build_table(problem, parsed.out, key={'bundle': bundle.checksum})}")
+
+
+def _docs(parsed: argparse.Namespace) -> None:
+    from dsa_gym.experiments.docs import write_pages
+
+    console.print(f"{len(write_pages(parsed.out, seed=parsed.seed))} files in {parsed.out}")
 
 
 def _info(parsed: argparse.Namespace) -> None:
