@@ -126,7 +126,8 @@ class Core(ABC):
 
     def observe(self) -> Observation:
         """Observations of the current decisions, each (num_envs, dim)."""
-        return {name: values[self.episodes.input] for name, values in self.problem.observations.items()}
+        inputs = self.episodes.input
+        return {name: values.take(inputs, axis=0) for name, values in self.problem.observations.items()}
 
     def identities(self) -> dict[str, NDArray[np.int64]]:
         """``user`` and ``input`` of the current decision."""

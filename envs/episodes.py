@@ -42,6 +42,7 @@ class Episodes:
         self._owners, self._length = owners, length
         self.user = np.zeros(num_envs, dtype=np.int64)
         self.input = np.zeros(num_envs, dtype=np.int64)
+        self._place = np.zeros(num_envs, dtype=np.int64)
         self.steps = np.zeros(num_envs, dtype=np.int64)
         self._key = np.zeros(num_envs, dtype=np.uint64)
         self._counter = np.zeros(num_envs, dtype=np.uint64)
@@ -60,21 +61,23 @@ class Episodes:
             first: Their first input, or -1 to draw one of the user's uniformly. A given input decides the
                 user.
         """
-        drawn = self.any_user(where)
-        owner = np.where(first >= 0, self._owners[first], np.where(user >= 0, user, drawn))
-        self.user[where] = owner
+        place = self.draw(where, len(self._users))
+        given = (first >= 0) | (user >= 0)
+        if given.any():
+            owner = np.where(first >= 0, self._owners[first], user)
+            place = np.where(given, np.searchsorted(self._users, owner), place)
+        self._enter(where, place)
         self.steps[where] = 0
         own = self._draw_input(where)
-        self.input[where] = np.where(first >= 0, first, own)
+        self.input[where] = np.where(first >= 0, first, own) if given.any() else own
 
-    def any_user(self, where: NDArray[np.intp]) -> NDArray[np.int64]:
-        """Draw a user of the split for each environment in ``where``."""
-        drawn: NDArray[np.int64] = self._users[self.draw(where, len(self._users))]
-        return drawn
+    def _enter(self, where: NDArray[np.intp], place: NDArray[np.int64]) -> None:
+        """Put users, by their place among the split's, into environments."""
+        self._place[where], self.user[where] = place, self._users[place]
 
     def change_user(self, where: NDArray[np.intp]) -> None:
         """Go on with any user of the split, and one of that user's inputs, in the environments ``where``."""
-        self.user[where] = self.any_user(where)
+        self._enter(where, self.draw(where, len(self._users)))
         self.input[where] = self._draw_input(where)
 
     def advance(self) -> NDArray[np.bool_]:
@@ -87,12 +90,13 @@ class Episodes:
         return ended
 
     def _draw_input(self, where: NDArray[np.intp]) -> NDArray[np.int64]:
-        place = np.searchsorted(self._users, self.user[where])
+        place = self._place[where]
         drawn: NDArray[np.int64] = self._order[self._start[place] + self.draw(where, self._count[place])]
         return drawn
 
     def draw(self, where: NDArray[np.intp], bound: int | NDArray[np.int64]) -> NDArray[np.int64]:
         """One uniform integer below ``bound`` for each environment in ``where``."""
-        self._counter[where] += np.uint64(1)
-        bits = _mix(self._key[where] + self._counter[where] * _GOLDEN)
+        rows = slice(None) if len(where) == len(self.user) else where  # a view is faster than a choice of all
+        self._counter[rows] += np.uint64(1)
+        bits = _mix(self._key[rows] + self._counter[rows] * _GOLDEN)
         return ((bits >> np.uint64(11)).astype(np.float64) * 2.0**-53 * bound).astype(np.int64)

@@ -83,13 +83,12 @@ class TableCore(GatingCore):
         return problem
 
     @cached_property
-    def _tables(self) -> tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.float64], NDArray[np.uint8]]:
-        """Losses (n, 2^G), active parameters (2^G,), rewards (n, 2^G) and masks (2^G, G)."""
+    def _tables(self) -> tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.uint8]]:
+        """Losses (n * 2^G,), active parameters (2^G,) and masks (2^G, G)."""
         problem = self.problem
         masks = all_gates(problem.space).numpy()
         active = problem.active_parameters(masks)
-        losses = np.asarray(problem.table, dtype=np.float64)
-        return losses, active, -losses - problem.l0_penalty * active, masks
+        return np.asarray(problem.table, dtype=np.float64).ravel(), active, masks
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the tables out."""
@@ -97,14 +96,15 @@ class TableCore(GatingCore):
 
     def step(self, actions: Any, batch: tuple[int, ...]) -> Step:
         """Look up one decision of each environment."""
-        losses, active, rewards, masks = self._tables
+        losses, active, masks = self._tables
         codes = discrete(actions, batch, 2**self.gates) if self._discrete else None
         if codes is None:
             codes = mask_codes(binary(actions, batch, self.gates))
         inputs = self.episodes.input
-        reward, on = rewards[inputs, codes], active[codes]
+        loss, on = losses.take(inputs * len(masks) + codes), active.take(codes)
+        reward = -loss - self.problem.l0_penalty * on
         info: dict[str, NDArray[Any]] = {
-            "loss": losses[inputs, codes],
+            "loss": loss,
             "active_parameters": on,
             "density": on / self.total_parameters,
             **self.identities(),

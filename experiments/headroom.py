@@ -111,8 +111,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, len(kinds), squeeze=False)[0]
     rungs = {
-        "all": ("everything on", "#9ca3af"),
-        "none": ("nothing on", "#d1d5db"),
+        "random": ("random masks", "#9ca3af"),
         "user_static": ("best mask per user", "#0f766e"),
         "reference": ("reference gate", "#1d4ed8"),
         "oracle_crossfit": ("oracle, cross-fitted", "#c2410c"),
@@ -132,12 +131,11 @@ def plot(result: dict[str, Any], path: Path) -> None:
             alpha=0.15,
         )
         axis.axhline(0, color="#111827", lw=0.8, ls=":")
-        axis.set_yscale("symlog", linthresh=max(abs(row["headroom"]["mean"]) for row in rows) or 1.0)
         axis.set_title(f"gates: {kind}", fontsize=10)
         axis.set_xlabel("price of an active parameter, lambda")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel(f"over the best fixed mask, {result['unit']}")
     axes[0].legend(fontsize=8)
-    figure.suptitle(f"headroom of a {result['domain']} bundle, {result['split']}")
+    figure.suptitle(f"headroom: {result['domain']} bundle, {result['split']}")
     with storage.atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=130, format="png")
