@@ -405,5 +405,9 @@ class BatchedEnv(VectorEnv[Observation, Any, NDArray[Any]]):
 
 def _with_masks(values: dict[str, NDArray[Any]], present: NDArray[np.bool_]) -> Info:
     """Gymnasium's batched info: each array, zero where it does not hold, and a ``_name`` that says where."""
-    info: Info = {name: np.where(present, value, np.zeros_like(value)) for name, value in values.items()}
+    everywhere = bool(present.all())
+    info: Info = {
+        name: value.copy() if everywhere else np.where(present, value, np.zeros_like(value))
+        for name, value in values.items()
+    }
     return info | {f"_{name}": present.copy() for name in values}
