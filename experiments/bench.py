@@ -56,27 +56,32 @@ def bench(env_id: str, bundle: str | None, num_envs: int, repetitions: int, seed
         "adapted": lambda: problem.compute_losses(inputs, gates),
         "step": lambda: envs.step(gates),
     }
-    timed = _interleaved(functions, repetitions)
+    timed = interleaved(functions, repetitions)
     bare = np.asarray(timed["backbone"])
     return {
         "env": env_id,
         "num_envs": num_envs,
         "users": len(np.unique(chosen)),
         "repetitions": repetitions,
-        "milliseconds": {name: _quartiles(np.asarray(values)) for name, values in timed.items()},
-        "adapter_overhead": _quartiles(np.asarray(timed["adapted"]) / bare - 1),
-        "step_overhead": _quartiles(np.asarray(timed["step"]) / bare - 1),
+        "milliseconds": {name: quartiles(np.asarray(values)) for name, values in timed.items()},
+        "adapter_overhead": quartiles(np.asarray(timed["adapted"]) / bare - 1),
+        "step_overhead": quartiles(np.asarray(timed["step"]) / bare - 1),
         "steps_per_second": 1000 * num_envs / float(np.median(timed["step"])),
-        "machine": {
-            "processor": platform.processor() or platform.machine(),
-            "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-        },
+        "machine": machine(),
         "versions": storage.versions(),
     }
 
 
-def _interleaved(functions: dict[str, Callable[[], object]], repetitions: int) -> dict[str, list[float]]:
+def machine() -> dict[str, Any]:
+    """What the timings were taken on."""
+    return {
+        "processor": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def interleaved(functions: dict[str, Callable[[], object]], repetitions: int) -> dict[str, list[float]]:
     """Milliseconds of each function, in turns so that a drifting machine hits all alike."""
     timed: dict[str, list[float]] = {name: [] for name in functions}
     for repetition in range(repetitions + 3):
@@ -88,7 +93,8 @@ def _interleaved(functions: dict[str, Callable[[], object]], repetitions: int) -
     return timed
 
 
-def _quartiles(values: np.ndarray) -> dict[str, float]:
+def quartiles(values: np.ndarray) -> dict[str, float]:
+    """Median and quartiles."""
     low, median, high = np.percentile(values, [25, 50, 75])
     return {"median": float(median), "low": float(low), "high": float(high)}
 

@@ -198,6 +198,8 @@ def _parser() -> argparse.ArgumentParser:
     bench = add("bench", _bench, "time the environment's step against the bare frozen backbone")
     bench.add_argument("--env", default="DSA-Text-v0")
     bench.add_argument("--bundle", help="folder of a bundle (default: the shipped one)")
+    bench.add_argument("--rivals", action="store_true",
+                       help="the text environment against Hugging Face, DummyVecEnv and peft; tables; PPO")  # fmt: skip
     bench.add_argument("--num-envs", type=int, default=64)
     bench.add_argument("--repetitions", type=int, default=30)
     bench.add_argument("--seed", type=int, default=0)
@@ -558,8 +560,14 @@ def _bench(parsed: argparse.Namespace) -> None:
     from dsa_gym.experiments.bench import bench, show
     from dsa_gym.storage import write_json
 
-    result = bench(parsed.env, parsed.bundle, parsed.num_envs, parsed.repetitions, parsed.seed)
-    show(result, console)
+    if parsed.rivals:
+        from dsa_gym.experiments import rivals
+
+        result = rivals.rivals(num_envs=parsed.num_envs, repetitions=parsed.repetitions, seed=parsed.seed)
+        rivals.show(result, console)
+    else:
+        result = bench(parsed.env, parsed.bundle, parsed.num_envs, parsed.repetitions, parsed.seed)
+        show(result, console)
     if parsed.json:
         write_json(parsed.json, result)
         console.print(f"json: {parsed.json}")

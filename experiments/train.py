@@ -19,7 +19,7 @@ from tqdm import tqdm
 from dsa_gym import storage
 from dsa_gym.agents import agent_class, make_agent
 from dsa_gym.agents.base import Agent
-from dsa_gym.envs import make_sb3_vec_env
+from dsa_gym.envs import ENVIRONMENTS, PROBLEMS, make_sb3_vec_env
 from dsa_gym.experiments.tensorboard import PolicyLog
 from dsa_gym.ladder import normalised_score
 from dsa_gym.problem import GatingProblem
@@ -27,12 +27,12 @@ from dsa_gym.search import best_static
 
 
 def check_env(env_id: str) -> None:
-    """Refuse an id that is not that of a gating environment.
+    """Refuse an id that is not that of a problem of one mask per input, which is what agents here are judged on.
 
     Raises:
-        ValueError: If it is not registered, or is another package's.
+        ValueError: If it is not registered, or is another problem or another package's.
     """
-    known = sorted(name for name, spec in gym.registry.items() if "domain" in spec.kwargs)
+    known = sorted(name for name, entry in ENVIRONMENTS.items() if entry.classes == PROBLEMS[""])
     if env_id not in known:
         raise ValueError(f"env={env_id!r}: not a registered gating environment; expected one of {', '.join(known)}")
 

@@ -1,0 +1,46 @@
+"""The comparison with rivals: each does the same work, and what is reported is what was timed."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+from dsa_gym.domains import take
+from dsa_gym.experiments import rivals
+
+
+@pytest.mark.slow
+def test_result() -> None:
+    result = rivals.rivals(num_envs=4, repetitions=2, ppo_steps=1000)
+    names = {"products", "hugging_face", "step", "layerwise", "dummy"}
+    names |= {"peft"} if importlib.util.find_spec("peft") else set()
+    assert set(result["milliseconds"]) == names and set(result["share"]) == names - {"step"}
+    assert all(value["median"] > 0 for value in result["milliseconds"].values())
+    assert set(result["scaling"]) == {64, 256, 1024}
+    assert result["table"] > 0 and result["ppo"] > 0
+    console = Console(file=io.StringIO(), width=200)
+    rivals.show(result, console)
+    assert "DummyVecEnv" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_hugging_face_scores_the_same() -> None:
+    envs = gym.make_vec("DSA-Text-v0", num_envs=8, cache_bytes=0)
+    inputs = rivals._inputs(envs, 8, np.random.default_rng(0))
+    problem = envs.unwrapped.problem  # type: ignore[attr-defined]
+    assert len(set(problem.user[inputs].tolist())) == 8
+    examples = take(problem.bundle.examples, problem.rows[torch.from_numpy(inputs)])
+    with torch.no_grad():
+        theirs = rivals._loss(rivals._hugging_face(problem.bundle), problem.model.domain, examples)
+    np.testing.assert_allclose(theirs.numpy(), problem.compute_losses(inputs, None), atol=1e-4)
+
+
+@pytest.mark.parametrize("arguments", [{"num_envs": 0}, {"repetitions": 1}, {"ppo_steps": 0}])
+def test_bad_arguments(arguments: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match=f"{next(iter(arguments))}="):
+        rivals.rivals(**arguments)
