@@ -15,6 +15,7 @@ Nothing in it is code: safetensors, JSON and NPY only. Every file's SHA-256 is i
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -36,6 +37,9 @@ from dsa_gym.population import SPLITS
 from dsa_gym.user_store import UserStore
 
 FORMAT = 1
+HELD_BYTES = 2 * 2**30
+"""Users' parameters that are held in memory."""
+
 DEFAULTS = {name: ASSETS / f"bundle-{name}" for name in ("text", "recommendation", "image")}
 
 
@@ -190,6 +194,31 @@ class Bundle:
     def phi(self) -> Tensor:
         """``phi_u = phi_meta + delta_u`` of all users, (users, P) float32."""
         return self.phi_meta + self.store.read_dense(self.users)
+
+    def parameters(self, users: Tensor) -> tuple[Tensor, Tensor | None]:
+        """phi_u of some users, int64 (n,): a table and its rows, or, of many users in all, just theirs.
+
+        Returns:
+            ``phi`` of all users (users, P) and ``users``, while that is at most 2 GiB; else ``phi`` (n, P) and None,
+            read from the store, the latest read kept within the same bound.
+        """
+        size = self.shape.size
+        if len(self.users) * size * 4 <= HELD_BYTES:
+            return self.phi, users
+        rows = [self._row(user) for user in users.tolist()]
+        while len(self._rows) * size * 4 > HELD_BYTES:
+            self._rows.popitem(last=False)
+        return torch.stack(rows), None
+
+    def _row(self, user: int) -> Tensor:
+        if user not in self._rows:
+            self._rows[user] = self.phi_meta + self.store.read_dense([self.users[user]])[0]
+        self._rows.move_to_end(user)
+        return self._rows[user]
+
+    @cached_property
+    def _rows(self) -> OrderedDict[int, Tensor]:
+        return OrderedDict()
 
     def reference_gate(self) -> GatingNetwork:
         """The gate that was trained together with the library, in eval mode."""

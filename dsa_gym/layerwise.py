@@ -27,7 +27,7 @@ class Passage:
     Attributes:
         examples: The examples, one row per user.
         phi: Flat adapter parameters (users, P).
-        users: Row of ``phi`` of each example, int64 (rows,).
+        users: Row of ``phi`` of each example, int64 (rows,); None if ``phi`` has just theirs, in order.
         calls: Arguments of each block beside the states.
         states: Hidden states that the next block receives (n, tokens, d).
         block: Index of the next block.
@@ -35,7 +35,7 @@ class Passage:
 
     examples: Examples
     phi: Tensor
-    users: Tensor
+    users: Tensor | None
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
     states: Tensor = field(default_factory=lambda: torch.empty(0))
     block: int = 0
@@ -61,8 +61,8 @@ class LayerwiseModel:
         self._returns_tuple: bool | None = None
 
     @torch.inference_mode()
-    def begin(self, examples: Examples, phi: Tensor, users: Tensor) -> Passage:
-        """Bring examples (one row per entry of ``users``) to the first block."""
+    def begin(self, examples: Examples, phi: Tensor, users: Tensor | None = None) -> Passage:
+        """Bring examples to the first block; for ``phi`` and ``users`` see :class:`Passage`."""
         if self._returns_tuple is None:
             self._look(take(examples, torch.zeros(1, dtype=torch.int64)))
         passage = Passage(examples, phi, users)

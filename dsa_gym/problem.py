@@ -120,9 +120,13 @@ class GatingProblem:
         return self.bundle.model(device=self.device)
 
     @cached_property
-    def phi(self) -> Tensor:
-        """Adapter parameters of the bundle's users (users, P), on the device."""
+    def _phi(self) -> Tensor:
         return self.bundle.phi.to(self.device)
+
+    def parameters(self, users: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What :meth:`Bundle.parameters` gives for users (n,), on the device."""
+        phi, rows = self.bundle.parameters(users)
+        return (phi.to(self.device), None) if rows is None else (self._phi, rows.to(self.device))
 
     def active_parameters(self, gates: Bits) -> NDArray[np.int64]:
         """``||m||_0`` of gates (rows, G), int64 (rows,)."""
@@ -184,7 +188,8 @@ class GatingProblem:
                     if bool((users == users[0]).all()):
                         users = users[:1]
                     bits = torch.from_numpy(gates[start : start + batch_size]).to(self.device, torch.float32)
-                    losses = self._loss(examples, self.phi, self.space.expand(bits), users.to(self.device))
+                    phi, own = self.parameters(users)
+                    losses = self._loss(examples, phi, self.space.expand(bits), own)
                 pieces.append(losses.float().cpu())
         return torch.cat(pieces).numpy()
 
@@ -198,7 +203,8 @@ class GatingProblem:
         row = self.rows[index : index + 1]
         examples = to_device(take(self.bundle.examples, row), self.device)
         mask = self.space.expand(torch.from_numpy(gates[None]).to(self.device, torch.float32))
-        return self.model.outcome(examples, self.phi[self.user[index : index + 1]], mask)
+        phi, own = self.parameters(self.user[index : index + 1])
+        return self.model.outcome(examples, phi if own is None else phi[own], mask)
 
     def relaxed_losses(self, inputs: Tensor, gates: Tensor) -> Tensor:
         """Losses (rows,), differentiable with respect to gates (rows, G) in [0, 1].
@@ -213,7 +219,8 @@ class GatingProblem:
         rows, users = self.rows[inputs], self.user[inputs]
         examples = to_device(take(self.bundle.examples, rows), self.device)
         mask = self.space.expand(gates.to(self.device))
-        losses = self.model.losses(examples, self.phi, mask, users=users.to(self.device))
+        phi, own = self.parameters(users)
+        losses = self.model.losses(examples, phi, mask, users=own)
         return losses.to(gates.device)
 
     def _cached_losses(self, inputs: NDArray[np.int64], gates: Bits) -> NDArray[np.float32]:

@@ -41,7 +41,7 @@ def build_table(problem: GatingProblem, out: Path, *, key: dict[str, Any], every
     masks = all_gates(problem.space).numpy()
     shape = (len(problem), len(masks))
     about = {**key, "split": problem.split, "granularity": problem.space.granularity, "shape": list(shape)}
-    state = storage.read_json(record) if record.is_file() else {"about": about, "done": 0}
+    state: dict[str, Any] = storage.read_json(record) if record.is_file() else {"about": about, "done": 0}
     if state["about"] != about:
         raise ValueError(f"out={str(out)!r}: holds a table of something else; give a new folder")
     if final.is_file() and "sha256" in state:

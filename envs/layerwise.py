@@ -106,7 +106,7 @@ class LayerwiseCore(GatingCore):
         """Rows of the bundle's examples before the first block."""
         device = self.problem.device
         examples = to_device(take(self._opened.examples, rows), device)
-        return self._model.begin(examples, self.problem.phi, self._opened.user[rows].to(device))
+        return self._model.begin(examples, *self.problem.parameters(self._opened.user[rows]))
 
     def _run_to(self, passage: Passage, layer: int) -> None:
         """Run blocks without adapters until ``layer`` is next."""

@@ -34,7 +34,8 @@ class _Relative(_Reward):
 
     def __call__(self, reward: Rewards, info: dict[str, NDArray[Any]]) -> Rewards:
         inputs = info["input"]
-        return reward - self.problem.rewards(inputs, np.zeros((len(inputs), self.problem.gates), np.uint8))
+        nothing: Rewards = self.problem.rewards(inputs, np.zeros((len(inputs), self.problem.gates), np.uint8))
+        return reward - nothing
 
 
 class _PerUser(_Reward):
@@ -123,7 +124,7 @@ class _Action:
     """A change of actions: another space, and what an action in it means."""
 
     def __init__(self, inner: spaces.Space[Any], sizes: Callable[[], NDArray[np.float64]]) -> None:
-        if not isinstance(inner, spaces.MultiBinary):
+        if not isinstance(inner, spaces.MultiBinary) or not isinstance(inner.n, int | np.integer):
             raise ValueError(f"env: acts on {inner}, expected MultiBinary(G)")
         self.gates, self.sizes = int(inner.n), sizes
         self.space: spaces.Space[Any] = inner

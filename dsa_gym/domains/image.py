@@ -293,7 +293,8 @@ class ImageDomain:
 
     def known_state(self, states: Tensor, examples: Examples) -> Tensor:
         """Mean state over the patches of the noisiest draw (rows, d)."""
-        return states.unflatten(0, (-1, self.draws))[:, -1].float().mean(1)
+        noisiest: Tensor = states.unflatten(0, (-1, self.draws))[:, -1]
+        return noisiest.float().mean(1)
 
     def describe(self, examples: Examples, row: int) -> dict[str, str | NDArray[np.uint8]]:
         """The condition and the image of one example."""

@@ -127,7 +127,7 @@ class TableProblem(GatingProblem):
         self.space: Any = SimpleNamespace(gates=gates, granularity="test")
         self.user, self.l0_penalty = torch.from_numpy(user), l0_penalty
         self.rows = torch.arange(len(user))
-        self._sizes = np.full(gates, 100.0)
+        self.sizes = np.full(gates, 100.0)
         self._reference, self._support = reference, support
         self.cache_bytes = 0
 

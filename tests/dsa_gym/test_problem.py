@@ -291,3 +291,20 @@ def test_no_cuda_device(bundle: Bundle) -> None:
 def test_masks_that_do_not_fit(make: Make, shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"gates: shape .*, expected \(3, 4\)"):
         make().losses(np.arange(3), np.zeros(shape, dtype=np.uint8))
+
+
+def test_many_users_are_read_when_they_are_needed(
+    make: Make, bundle: Bundle, bundle_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the users do not fit into memory, losses are the same and no more are held than fit."""
+    inputs = np.arange(len(make()))
+    gates = np.random.default_rng(0).integers(0, 2, (len(inputs), make().gates)).astype(np.uint8)
+    expected = make(cache_bytes=0).losses(inputs, gates)
+    held = 3
+    monkeypatch.setattr("dsa_gym.bundle.HELD_BYTES", held * bundle.shape.size * 4)
+    fresh = Bundle.open(bundle_folder)
+    problem = GatingProblem(fresh, "test", device="cpu", cache_bytes=0)
+    np.testing.assert_allclose(problem.losses(inputs, gates), expected, atol=1e-5)
+    assert len(fresh._rows) == held and "phi" not in fresh.__dict__
+    relaxed = problem.relaxed_losses(torch.from_numpy(inputs[:4]), torch.from_numpy(gates[:4]).float())
+    np.testing.assert_allclose(relaxed.numpy(), expected[:4], atol=1e-5)

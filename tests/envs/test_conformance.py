@@ -24,6 +24,14 @@ import dsa_gym
 from dsa_gym.envs import ENVIRONMENTS, register
 
 every_id = pytest.mark.parametrize("env_id", ENVIRONMENTS)
+every_kind = pytest.mark.parametrize(
+    "env_id",
+    [
+        name if "Text" in name or "Planted" in name else pytest.param(name, marks=pytest.mark.slow)
+        for name in ENVIRONMENTS
+    ],
+)
+"""Every id, but only one of each kind in a quick run: for tests that take seconds."""
 SAME_STEP = {"autoreset_mode": AutoresetMode.SAME_STEP}
 STEP_INFO = {"loss", "active_parameters", "density", "user", "input"}
 
@@ -121,7 +129,7 @@ def test_gymnasium_checker(env_id: str, bundle: Path | None, recwarn: pytest.War
     assert not recwarn.list
 
 
-@every_id
+@every_kind
 def test_sb3_checker(env_id: str, bundle: Path | None, recwarn: pytest.WarningsRecorder) -> None:
     sb3_check_env(make(env_id, bundle, render_mode="rgb_array"), warn=True, skip_render_check=False)
     assert not recwarn.list
@@ -263,7 +271,7 @@ def test_native_batch_is_the_synchronous_one(env_id: str, length: int, bundle: P
                 np.testing.assert_array_equal(ours[1][f"_{name}"], reference[1][f"_{name}"])
 
 
-@every_id
+@every_kind
 def test_asynchronous_batch(env_id: str, bundle: Path | None) -> None:
     # spawned, not forked: torch has threads, and a fork of a threaded process may hang
     env = make_vec(
@@ -366,7 +374,7 @@ def test_wrappers(env_id: str, bundle: Path | None, tmp_path: Path) -> None:
     assert infos["_episode"][0] and set(ended[4][0]["final_info"]) - {"regret"} == STEP_INFO
 
 
-@every_id
+@every_kind
 def test_video(env_id: str, bundle: Path | None, tmp_path: Path) -> None:
     env = gym.wrappers.RecordVideo(
         make(env_id, bundle, render_mode="rgb_array"), str(tmp_path / "video"), disable_logger=True
