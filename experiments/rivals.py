@@ -147,7 +147,7 @@ def _products(adapted: Any, examples: Examples) -> Callable[[], object]:
 
 def _peft(bundle: Bundle, domain: Any, examples: Examples) -> Callable[[], object]:
     """The same model with one LoRA per row in a mixed batch."""
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig, get_peft_model  # type: ignore[import-not-found, unused-ignore]
 
     config = LoraConfig(r=8, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True)
     names = [f"user{row}" for row in range(len(examples["length"]))]
