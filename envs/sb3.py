@@ -54,7 +54,8 @@ class GymnasiumVecEnv(VecEnv):
         columns = [np.asarray(step[name]).tolist() for name in names]
         rows = [dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)]
         for i in np.flatnonzero(done):
-            rows[i]["terminal_observation"] = infos["final_obs"][i]
+            if "final_obs" in infos:  # look-up environments leave it out
+                rows[i]["terminal_observation"] = infos["final_obs"][i]
             rows[i]["TimeLimit.truncated"] = bool(truncated[i] and not ended[i])
         return observation, rewards.astype(np.float32), done, rows
 

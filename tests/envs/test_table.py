@@ -9,6 +9,9 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import pytest
+from stable_baselines3 import PPO
+
+from dsa_gym.envs import make_sb3_vec_env
 
 
 def make(bundle: Path, **kwargs: Any) -> gym.Env[Any, Any]:
@@ -52,6 +55,12 @@ def test_numbered_masks(bundle_folder: Path) -> None:
         numbered.reset(options={"input": 1})
         gates = np.array([code >> i & 1 for i in range(4)], np.int8)
         assert binary.step(gates)[1] == numbered.step(code)[1]
+
+
+def test_stable_baselines_trains_over_look_ups(bundle_folder: Path) -> None:
+    for actions in ("binary", "discrete"):
+        envs = make_sb3_vec_env("DSA-TextTable-v0", 16, bundle=str(bundle_folder), actions=actions)
+        PPO("MultiInputPolicy", envs, n_steps=8, batch_size=64, gamma=0.0, seed=0, device="cpu").learn(256)
 
 
 def test_the_model_is_never_loaded(bundle_folder: Path) -> None:
