@@ -147,14 +147,22 @@ class GatingProblem:
         Raises:
             ValueError: If the losses under all masks are not known.
         """
-        if self.table is None:
-            raise ValueError("table: the losses under all masks are not measured, the optimum is not known")
         budget = self.bundle.shape.size if budget is None else budget
         if budget not in self._best:
-            active = self.active_parameters(all_gates(self.space).numpy())
-            rewards = -self.table.astype(np.float64) - self.l0_penalty * active
-            self._best[budget] = rewards[:, active <= budget].max(1)
+            affordable = self.active_parameters(all_gates(self.space).numpy()) <= budget
+            self._best[budget] = self.measured_rewards()[:, affordable].max(1)
         return self._best[budget][inputs]
+
+    def measured_rewards(self) -> NDArray[np.float64]:
+        """Reward of every input under every mask (n, 2^G), gate i being bit i of the column.
+
+        Raises:
+            ValueError: If the losses under all masks are not known.
+        """
+        if self.table is None:
+            raise ValueError("table: the losses under all masks are not measured, the optimum is not known")
+        price = self.l0_penalty * self.active_parameters(all_gates(self.space).numpy())
+        return np.asarray(-np.asarray(self.table, dtype=np.float64) - price)
 
     def losses(self, inputs: NDArray[np.int64], gates: Bits) -> NDArray[np.float32]:
         """Loss of inputs (rows,), indices into the split, under binary gates (rows, G).

@@ -25,13 +25,11 @@ def exhaustive(problem: GatingProblem) -> bool:
 
 def mask_table(problem: GatingProblem) -> NDArray[np.float64]:
     """Reward of every input under every mask, (n, 2^G)."""
-    gates = _all(problem)
-    price = problem.l0_penalty * problem.active_parameters(gates)
     if problem.table is not None:
-        return -np.asarray(problem.table, dtype=np.float64) - price
+        return problem.measured_rewards()
+    gates = _all(problem)
     inputs = np.repeat(np.arange(len(problem)), len(gates))
-    losses = problem.losses(inputs, np.tile(gates, (len(problem), 1)))
-    return -losses.reshape(len(problem), len(gates)).astype(np.float64) - price
+    return problem.rewards(inputs, np.tile(gates, (len(problem), 1))).reshape(len(problem), len(gates))
 
 
 def _all(problem: GatingProblem) -> Bits:

@@ -72,16 +72,26 @@ def build_table(problem: GatingProblem, out: Path, *, key: dict[str, Any], every
     return final
 
 
-def read_table(folder: Path, split: str) -> tuple[NDArray[np.float32], dict[str, Any]]:
-    """A finished table, memory-mapped, and what it is of.
+def table_record(folder: Path, split: str) -> dict[str, Any]:
+    """What a finished table is of (``about``), its checksum and the versions that built it; the table is not read.
+
+    Raises:
+        ValueError: If it is missing or unfinished.
+    """
+    final, record = folder / f"{split}.npy", folder / f"{split}.json"
+    state: dict[str, Any] = storage.read_json(record) if record.is_file() else {}
+    if not final.is_file() or "sha256" not in state:
+        raise ValueError(f"table={str(folder)!r}: no finished table of split {split!r}; build it with 'dsa-gym table'")
+    return state
+
+
+def read_table(folder: Path, split: str) -> NDArray[np.float32]:
+    """A finished table, memory-mapped.
 
     Raises:
         ValueError: If it is missing, unfinished or damaged.
     """
-    final, record = folder / f"{split}.npy", folder / f"{split}.json"
-    state = storage.read_json(record) if record.is_file() else {}
-    if not final.is_file() or "sha256" not in state:
-        raise ValueError(f"table={str(folder)!r}: no finished table of split {split!r}; build it with 'dsa-gym table'")
-    if storage.sha256(final) != state["sha256"]:
+    record, final = table_record(folder, split), folder / f"{split}.npy"
+    if storage.sha256(final) != record["sha256"]:
         raise ValueError(f"table={str(final)!r}: is damaged, its checksum is another; build it again")
-    return storage.read_array(final, mmap=True), state["about"]
+    return storage.read_array(final, mmap=True)

@@ -156,18 +156,37 @@ class Core(ABC):
         losses, reward, regret = np.zeros((3, self.num_envs))
         losses[rows] = problem.losses(inputs[rows], gates[rows])
         reward[rows] = -losses[rows] - problem.l0_penalty * active[rows]
-        scored = {
+        scored = self.info(losses, active)
+        if problem.optimum_known:
+            limit = {} if budget is None else {"budget": budget}
+            regret[rows] = problem.best_rewards(inputs[rows], **limit) - reward[rows]
+            scored["regret"] = regret
+        self.remember(scored, gates)
+        return {**scored, "reward": reward}
+
+    def info(self, losses: NDArray[np.float64], active: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
+        """What ``info`` tells of masks that switch ``active`` parameters on, each (num_envs,)."""
+        return {
             "loss": losses,
             "active_parameters": active,
             "density": active / self.total_parameters,
             **self.identities(),
         }
-        if problem.optimum_known:
-            limit = {} if budget is None else {"budget": budget}
-            regret[rows] = problem.best_rewards(inputs[rows], **limit) - reward[rows]
-            scored["regret"] = regret
-        self.last = {name: value.copy() for name, value in scored.items()} | {"gates": gates}
-        return {**scored, "reward": reward}
+
+    def remember(self, info: dict[str, NDArray[Any]], gates: NDArray[np.uint8]) -> None:
+        """Keep what was decided (num_envs, G) and what came of it, for pictures."""
+        self.last = {name: value.copy() for name, value in info.items()} | {"gates": gates}
+
+    def numbers(self, index: int) -> dict[str, Any]:
+        """The numbers of a :class:`Frame` of one environment, None before the first step."""
+        last, problem = self.last, self.problem
+        return {
+            "loss": None if last is None else float(last["loss"][index]),
+            "penalty": None if last is None else float(last["active_parameters"][index] * problem.l0_penalty),
+            "unit": problem.unit,
+            "active_parameters": None if last is None else int(last["active_parameters"][index]),
+            "total_parameters": self.total_parameters,
+        }
 
     @property
     @abstractmethod

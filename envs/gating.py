@@ -122,12 +122,8 @@ class GatingCore(Core):
             mask=per_site,
             site_labels=tuple(f"L{site.layer} {kinds.get(site.kind, site.kind)}" for site in shape.sites),
             layers=tuple(site.layer for site in shape.sites),
-            loss=None if last is None else float(last["loss"][index]),
-            penalty=None if last is None else float(last["active_parameters"][index] * self.problem.l0_penalty),
-            unit=self.problem.unit,
-            active_parameters=None if last is None else int(last["active_parameters"][index]),
-            total_parameters=shape.size,
             gates=_gates_text(gates, self.problem.space.granularity),
+            **self.numbers(index),
         )
 
     @cached_property

@@ -147,32 +147,22 @@ class LayerwiseCore(GatingCore):
         losses = np.zeros(self.num_envs)
         columns = self.place[:, None] * self.per_layer + np.arange(self.per_layer)
         np.put_along_axis(self.mask, columns, gates, 1)
-        active = self.problem.active_parameters(self.mask)
-        before = self.mask.copy()
-        np.put_along_axis(before, columns, np.zeros_like(gates), 1)
-        paid = self.problem.l0_penalty * (active - self.problem.active_parameters(before))
+        paid = self.problem.l0_penalty * (gates * self.problem.sizes[columns]).sum(1)
         self.place += 1
-        ended = self.place == len(self.layers)
         for cohort in list(self._cohorts):
-            self._decide(cohort)
             heard = cohort.where >= 0
-            if ended[cohort.where[heard]][0]:
+            place = int(self.place[cohort.where[heard]][0])
+            self._decide(cohort, place)
+            if place == len(self.layers):
                 losses[cohort.where[heard]] = self._model.losses(cohort.passage).cpu().numpy()[heard]
                 self._cohorts.remove(cohort)
-        info: dict[str, NDArray[Any]] = {
-            "loss": losses,
-            "active_parameters": active,
-            "density": active / self.total_parameters,
-            **self.identities(),
-        }
-        self.last = {name: value.copy() for name, value in info.items()} | {"gates": self.mask.copy()}
-        return Step(-losses - paid, ended, info)
+        info = self.info(losses, self.problem.active_parameters(self.mask))
+        self.remember(info, self.mask.copy())
+        return Step(-losses - paid, self.place == len(self.layers), info)
 
-    def _decide(self, cohort: _Cohort) -> None:
-        """Run the layer whose gates were decided, and what follows it without a decision."""
-        heard = np.maximum(cohort.where, 0)
-        place = int(self.place[cohort.where[cohort.where >= 0][0]])
-        bits = torch.from_numpy(self.mask[heard]).to(self.problem.device, torch.float32)
+    def _decide(self, cohort: _Cohort, place: int) -> None:
+        """Run the layer whose gates were decided, and what follows without a decision; ``place`` layers are decided."""
+        bits = torch.from_numpy(self.mask[np.maximum(cohort.where, 0)]).to(self.problem.device, torch.float32)
         self._model.advance(cohort.passage, self.problem.space.expand(bits))
         if place < len(self.layers):
             self._run_to(cohort.passage, self.layers[place])
@@ -184,13 +174,9 @@ class LayerwiseCore(GatingCore):
         """In a copy, compute again what the original had computed."""
         for where in self.__dict__.pop("_begun", []):
             heard = where[where >= 0]
-            places, masks = self.place[heard].copy(), self.mask.copy()
             self._enter(heard)
-            cohort = self._cohorts[-1]
-            for place in range(int(places[0])):
-                self.place[heard] = place + 1
-                self._decide(cohort)
-            self.place[heard], self.mask = places, masks
+            for place in range(int(self.place[heard[0]])):
+                self._decide(self._cohorts[-1], place + 1)
 
 
 class LayerwiseEnv(ScalarEnv):

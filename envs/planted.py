@@ -34,9 +34,8 @@ class PlantedCore(Core):
             self._config = PlantedConfig(**instance)
         except TypeError as error:
             raise ValueError(f"{instance}: not the settings of an instance ({error})") from error
-        self._arguments = (self._config, split)
-        self._l0_penalty = l0_penalty
-        PlantedProblem(PlantedConfig(users=1, inputs=1), split, l0_penalty=l0_penalty)  # refuses what is out of range
+        self._arguments: dict[str, Any] = {"split": split, "l0_penalty": l0_penalty}
+        PlantedProblem(PlantedConfig(users=1, inputs=1), **self._arguments)  # refuses what is out of range
         box = spaces.Box(-LIMIT, LIMIT, (OBSERVED,), np.float32)
         self.observation_space = spaces.Dict({"user": box, "context": box})
         self.action_space = spaces.MultiBinary(self._config.gates)
@@ -44,7 +43,7 @@ class PlantedCore(Core):
     @cached_property
     def problem(self) -> PlantedProblem:
         """The instance's split."""
-        return PlantedProblem(*self._arguments, l0_penalty=self._l0_penalty)
+        return PlantedProblem(self._config, **self._arguments)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what is drawn again in a copy."""
@@ -73,12 +72,8 @@ class PlantedCore(Core):
             mask=shown.reshape(-1, size)[:SHOWN],
             site_labels=tuple(f"C{channel}" for channel in range(len(need[:SHOWN]))),
             layers=tuple(range(len(need[:SHOWN]))),
-            loss=None if last is None else float(last["loss"][index]),
-            penalty=None if last is None else float(last["active_parameters"][index] * self.problem.l0_penalty),
-            unit=self.problem.unit,
-            active_parameters=None if last is None else int(last["active_parameters"][index]),
-            total_parameters=self._config.gates,
             gates="no decision yet" if gates is None else "".join(map(str, gates[:64])),
+            **self.numbers(index),
         )
 
 

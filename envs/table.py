@@ -15,7 +15,7 @@ from dsa_gym.envs.core import BatchedEnv, ScalarEnv, Step, binary, discrete
 from dsa_gym.envs.gating import GatingCore
 from dsa_gym.model import all_gates
 from dsa_gym.problem import GatingProblem, mask_codes
-from dsa_gym.tables import read_table
+from dsa_gym.tables import read_table, table_record
 
 ACTIONS = ("binary", "discrete")
 
@@ -50,7 +50,7 @@ class TableCore(GatingCore):
         opened = Bundle.open(source, verify=False)
         granularity = opened.manifest["granularity"]
         if table is not None:
-            _, about = read_table(Path(table), split)
+            about = table_record(Path(table), split)["about"]
             granularity = about["granularity"]
             if about["bundle"] != opened.checksum:
                 raise ValueError(f"table={str(table)!r}: was built of another bundle than {source!r}")
@@ -79,7 +79,7 @@ class TableCore(GatingCore):
         self._opened.verify()
         problem = GatingProblem(self._opened, **self.arguments)
         if self._table is not None:
-            problem.table, problem.even_table = read_table(Path(self._table), problem.split)[0], None
+            problem.table, problem.even_table = read_table(Path(self._table), problem.split), None
         return problem
 
     @cached_property
@@ -97,21 +97,16 @@ class TableCore(GatingCore):
     def step(self, actions: Any, batch: tuple[int, ...]) -> Step:
         """Look up one decision of each environment."""
         losses, active, masks = self._tables
-        codes = discrete(actions, batch, 2**self.gates) if self._discrete else None
-        if codes is None:
+        if self._discrete:
+            codes = discrete(actions, batch, len(masks))
+        else:
             codes = mask_codes(binary(actions, batch, self.gates))
         inputs = self.episodes.input
         loss, on = losses.take(inputs * len(masks) + codes), active.take(codes)
         reward = -loss - self.problem.l0_penalty * on
-        info: dict[str, NDArray[Any]] = {
-            "loss": loss,
-            "active_parameters": on,
-            "density": on / self.total_parameters,
-            **self.identities(),
-            "regret": self.problem.best_rewards(inputs) - reward,
-        }
+        info = self.info(loss, on) | {"regret": self.problem.best_rewards(inputs) - reward}
         if self.render_mode is not None:
-            self.last = {name: value.copy() for name, value in info.items()} | {"gates": masks[codes]}
+            self.remember(info, masks[codes])
         return Step(reward, self.episodes.advance(), info)
 
 

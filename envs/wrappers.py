@@ -16,6 +16,8 @@ from gymnasium.vector import VectorEnv, VectorWrapper
 from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
+from dsa_gym.envs.core import discrete
+
 Rewards = NDArray[np.float64]
 
 
@@ -133,18 +135,25 @@ class _Action:
         raise NotImplementedError
 
 
-class _Relaxed(_Action):
-    """``Box(-1, 1)``; a gate is on where the action is above 0."""
+class _Scored(_Action):
+    """``Box(-1, 1)``: a score for each gate."""
 
     def __init__(self, inner: spaces.Space[Any], sizes: Callable[[], NDArray[np.float64]]) -> None:
         super().__init__(inner, sizes)
         self.space = spaces.Box(-1.0, 1.0, (self.gates,), np.float32)
 
+    def scores(self, actions: NDArray[Any]) -> NDArray[Any]:
+        scores = np.asarray(actions)
+        if scores.shape[-1:] != (self.gates,) or not np.isfinite(scores).all():
+            raise ValueError(f"action: shape {scores.shape}, expected finite scores, {self.gates} for each environment")
+        return scores
+
+
+class _Relaxed(_Scored):
+    """A gate is on where its score is above 0."""
+
     def __call__(self, actions: NDArray[Any]) -> NDArray[Any]:
-        array = np.asarray(actions)
-        if array.shape[-1:] != (self.gates,) or not np.isfinite(array).all():
-            raise ValueError(f"action: shape {array.shape}, expected finite numbers, {self.gates} for each environment")
-        return (array > 0).astype(np.int8)
+        return (self.scores(actions) > 0).astype(np.int8)
 
 
 class _Numbered(_Action):
@@ -157,27 +166,22 @@ class _Numbered(_Action):
         self.space = spaces.Discrete(2**self.gates)
 
     def __call__(self, actions: NDArray[Any]) -> NDArray[Any]:
-        codes = np.asarray(actions)
-        if codes.dtype.kind not in "ui" or (codes < 0).any() or (codes >= 2**self.gates).any():
-            raise ValueError(f"action: {actions!r}, expected integers from 0 to {2**self.gates - 1}")
+        shape = np.shape(actions)
+        codes = discrete(actions, shape, 2**self.gates).reshape(shape)
         return (codes[..., None] >> np.arange(self.gates) & 1).astype(np.int8)
 
 
-class _Projected(_Action):
-    """``Box(-1, 1)`` of scores; the best-scored gates above 0 that fit the budget one after the other are on."""
+class _Projected(_Scored):
+    """The best-scored gates above 0 that fit the budget one after the other are on."""
 
     def __init__(self, inner: spaces.Space[Any], sizes: Callable[[], NDArray[np.float64]], *, budget: float) -> None:
         super().__init__(inner, sizes)
         if isinstance(budget, bool) or not isinstance(budget, int | float) or not 0 < budget <= 1:
             raise ValueError(f"budget={budget!r}: expected a share of all adapter parameters in (0, 1]")
         self.budget = budget
-        self.space = spaces.Box(-1.0, 1.0, (self.gates,), np.float32)
 
     def __call__(self, actions: NDArray[Any]) -> NDArray[Any]:
-        scores = np.asarray(actions)
-        if scores.shape[-1:] != (self.gates,) or not np.isfinite(scores).all():
-            raise ValueError(f"action: shape {scores.shape}, expected finite scores, {self.gates} for each environment")
-        sizes = self.sizes()
+        scores, sizes = self.scores(actions), self.sizes()
         order = np.argsort(-scores, axis=-1, kind="stable")
         wanted = np.take_along_axis(scores > 0, order, -1)
         spent = np.cumsum(np.where(wanted, sizes[order], 0.0), axis=-1)

@@ -42,15 +42,9 @@ def bench(env_id: str, bundle: str | None, num_envs: int, repetitions: int, seed
         raise ValueError(f"seed={seed}: expected an integer >= 0")
     if repetitions < 2:
         raise ValueError(f"repetitions={repetitions}: expected at least 2")
-    envs = gym.make_vec(env_id, num_envs=num_envs, bundle=bundle, cache_bytes=0)
-    envs.reset(seed=seed)
-    problem = envs.get_wrapper_attr("problem") if hasattr(envs, "get_wrapper_attr") else envs.problem  # type: ignore[attr-defined]
-    generator = np.random.default_rng(seed)
-    users = np.unique(problem.user.numpy())
-    chosen = generator.permutation(np.resize(generator.permutation(users), num_envs))
-    inputs = np.stack([generator.choice(np.flatnonzero(problem.user.numpy() == user)) for user in chosen])
-    gates = (generator.random((num_envs, problem.gates)) < 0.5).astype(np.uint8)
-    envs.reset(options={"input": inputs})
+    envs: Any = gym.make_vec(env_id, num_envs=num_envs, bundle=bundle, cache_bytes=0)
+    problem = envs.problem
+    inputs, gates = different_users(envs, seed)
     functions: dict[str, Callable[[], object]] = {
         "backbone": lambda: problem.compute_losses(inputs, None),
         "adapted": lambda: problem.compute_losses(inputs, gates),
@@ -61,7 +55,7 @@ def bench(env_id: str, bundle: str | None, num_envs: int, repetitions: int, seed
     return {
         "env": env_id,
         "num_envs": num_envs,
-        "users": len(np.unique(chosen)),
+        "users": len(np.unique(problem.user[inputs])),
         "repetitions": repetitions,
         "milliseconds": {name: quartiles(np.asarray(values)) for name, values in timed.items()},
         "adapter_overhead": quartiles(np.asarray(timed["adapted"]) / bare - 1),
@@ -70,6 +64,21 @@ def bench(env_id: str, bundle: str | None, num_envs: int, repetitions: int, seed
         "machine": machine(),
         "versions": storage.versions(),
     }
+
+
+def different_users(envs: Any, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Put a batch before inputs of different users, as far as there are enough.
+
+    Returns:
+        The inputs (num_envs,) and random masks (num_envs, G).
+    """
+    envs.reset(seed=seed)
+    generator = np.random.default_rng(seed)
+    owners = envs.problem.user.numpy()
+    chosen = generator.permutation(np.resize(generator.permutation(np.unique(owners)), envs.num_envs))
+    inputs = np.stack([generator.choice(np.flatnonzero(owners == user)) for user in chosen])
+    envs.reset(options={"input": inputs})
+    return inputs, (generator.random((envs.num_envs, envs.problem.gates)) < 0.5).astype(np.uint8)
 
 
 def machine() -> dict[str, Any]:

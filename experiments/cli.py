@@ -146,8 +146,7 @@ def _parser() -> argparse.ArgumentParser:
     headroom = add("headroom", _headroom, "whether a bundle is worth a study: the ladder without an agent")
     headroom.add_argument("bundle", help="folder, or a domain's name for its shipped bundle")
     headroom.add_argument("--split", default="test")
-    headroom.add_argument("--prices", type=float, nargs="+", default=[0.0, 0.5, 1.0, 2.0, 4.0],
-                          help="lambda, as multiples of the domain's")  # fmt: skip
+    headroom.add_argument("--prices", type=float, nargs="+", help="lambda, as multiples of the domain's")
     headroom.add_argument("--granularity", nargs="+", help="of the gates (default: that of the library)")
     headroom.add_argument("--seed", type=int, default=0)
     headroom.add_argument("--plot", type=Path, default=Path("headroom.png"))
@@ -418,13 +417,13 @@ def _metrics(parsed: argparse.Namespace) -> None:
 
 def _headroom(parsed: argparse.Namespace) -> None:
     from dsa_gym.bundle import Bundle
-    from dsa_gym.experiments.headroom import headroom, plot, show
+    from dsa_gym.experiments.headroom import PRICES, headroom, plot, show
     from dsa_gym.storage import write_json
 
     result = headroom(
         Bundle.open(parsed.bundle),
         parsed.split,
-        prices=parsed.prices,
+        prices=parsed.prices or PRICES,
         granularities=parsed.granularity or (),
         seed=parsed.seed,
     )

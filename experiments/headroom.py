@@ -13,6 +13,7 @@ from rich.table import Table
 
 from dsa_gym import storage
 from dsa_gym.bundle import Bundle
+from dsa_gym.domains import domain_class
 from dsa_gym.ladder import build_ladder, summarise
 from dsa_gym.masks import GRANULARITIES
 from dsa_gym.problem import GatingProblem
@@ -59,19 +60,15 @@ def headroom(
     rows = []
     for granularity in granularities or (trained,):
         for price in prices:
-            settings: dict[str, Any] = {
-                "granularity": granularity,
-                "l0_penalty": price * bundle.l0_penalty,
-                "device": device,
-            }
-            problem, train = (GatingProblem(bundle, name, **settings) for name in (split, "train"))
+            settings: dict[str, Any] = {"granularity": granularity, "l0_penalty": price * bundle.l0_penalty}
+            problem, train = (GatingProblem(bundle, name, device=device, **settings) for name in (split, "train"))
             density = float(problem.active_parameters(problem.reference_gates()).mean() / bundle.shape.size)
             summary = summarise(build_ladder(problem, train, density=density, seed=seed), seed=seed)
             rows.append({**settings, "density": density, **summary})
     return {
         "bundle": bundle.manifest["data"],
         "domain": bundle.domain,
-        "unit": GatingProblem(bundle, split, device="cpu").unit,
+        "unit": domain_class(bundle.domain).unit,
         "split": split,
         "seed": seed,
         "rows": rows,

@@ -22,7 +22,7 @@ from dsa_gym.backbone import resolve_source
 from dsa_gym.bundle import Bundle
 from dsa_gym.domains import Examples, take
 from dsa_gym.envs import make_sb3_vec_env
-from dsa_gym.experiments.bench import interleaved, machine, quartiles
+from dsa_gym.experiments.bench import different_users, interleaved, machine, quartiles
 
 TABLE_ENVS = 4096
 """Environments of a batch of look-ups."""
@@ -54,8 +54,7 @@ def rivals(*, num_envs: int = 64, repetitions: int = 20, ppo_steps: int = 262_14
     envs: Any = gym.make_vec("DSA-Text-v0", num_envs=num_envs, cache_bytes=0)
     layered: Any = gym.make_vec("DSA-TextLayerwise-v0", num_envs=num_envs)
     generator = np.random.default_rng(seed)
-    inputs = _inputs(envs, num_envs, generator)
-    gates = (generator.random((num_envs, envs.problem.gates)) < 0.5).astype(np.uint8)
+    inputs, gates = different_users(envs, seed)
     dummy = DummyVecEnv([lambda: gym.make("DSA-Text-v0", cache_bytes=0)] * num_envs)
     dummy.reset()
     layered.reset(seed=seed)
@@ -80,22 +79,12 @@ def rivals(*, num_envs: int = 64, repetitions: int = 20, ppo_steps: int = 262_14
         "seed": seed,
         "milliseconds": {name: quartiles(values) for name, values in timed.items()},
         "share": {name: quartiles(values / timed["step"]) for name, values in timed.items() if name != "step"},
-        "scaling": {count: _per_environment(count, generator) for count in (64, 256, 1024)},
+        "scaling": {count: _per_environment(count, seed) for count in (64, 256, 1024)},
         "table": _table_rate(seed),
         "ppo": _ppo_rate(ppo_steps, seed),
         "machine": machine(),
         "versions": storage.versions(),
     }
-
-
-def _inputs(envs: Any, count: int, generator: np.random.Generator) -> np.ndarray:
-    """Put environments before inputs of different users, as far as there are enough; returns them."""
-    envs.reset(seed=0)
-    owners = envs.problem.user.numpy()
-    users = np.resize(generator.permutation(np.unique(owners)), count)
-    inputs = np.stack([generator.choice(np.flatnonzero(owners == user)) for user in users])
-    envs.reset(options={"input": inputs})
-    return inputs
 
 
 def _hugging_face(bundle: Bundle) -> Any:
@@ -121,10 +110,8 @@ def _products(adapted: Any, examples: Examples) -> Callable[[], object]:
     hooks = []
 
     def note(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
-        weight = module.weight
-        out = output.shape[-1]
-        left = torch.randn(arguments[0].numel() // arguments[0].shape[-1], arguments[0].shape[-1])
-        right = torch.randn(left.shape[1], out) if weight is not None else None
+        states = arguments[0].flatten(0, -2)
+        left, right = torch.randn(states.shape), torch.randn(states.shape[1], output.shape[-1])
         calls.append(lambda: left @ right)
 
     for module in adapted.backbone.model.modules():
@@ -158,11 +145,10 @@ def _peft(bundle: Bundle, domain: Any, examples: Examples) -> Callable[[], objec
     return lambda: _loss(model, domain, examples, adapter_names=names)
 
 
-def _per_environment(count: int, generator: np.random.Generator) -> float:
+def _per_environment(count: int, seed: int) -> float:
     """Milliseconds per environment of a step of a batch, the median of five."""
     envs: Any = gym.make_vec("DSA-Text-v0", num_envs=count, cache_bytes=0)
-    _inputs(envs, count, generator)
-    gates = (generator.random((count, envs.problem.gates)) < 0.5).astype(np.uint8)
+    _, gates = different_users(envs, seed)
     times = interleaved({"step": lambda: envs.step(gates)}, 5)["step"]
     return float(np.median(times)) / count
 

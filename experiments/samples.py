@@ -96,7 +96,8 @@ def adapters(bundle: Bundle, model: AdaptedModel, user: int, labels: Tensor) -> 
     gate = bundle.reference_gate()
     with torch.no_grad():
         gates = gate.decide(gate(bundle.observations["user"][user].expand(len(labels), -1), context))
-    return ActiveAdapters(bundle.shape, bundle.phi[user : user + 1], bundle.space.expand(gates.float()))
+    phi, own = bundle.parameters(torch.tensor([user]))
+    return ActiveAdapters(bundle.shape, phi, bundle.space.expand(gates.float()), own)
 
 
 def judge_style(bundle: Bundle, *, seed: int = 0, per_user: int = 8, steps: int = 20) -> dict[str, Any]:

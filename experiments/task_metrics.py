@@ -43,16 +43,16 @@ def task_metrics(
     """
     problem = GatingProblem(bundle, split, device="cpu")
     domain, mask = problem.model.domain, problem.space.expand(torch.from_numpy(problem.reference_gates()).float())
-    phi = {"backbone": None, "shared": bundle.phi_meta[None], "personal": bundle.phi}
+    everybody: dict[str, Tensor | None] = {"backbone": None, "shared": bundle.phi_meta[None]}
     scored: dict[str, dict[str, NDArray[np.float64]]] = {name: {} for name in domain.metrics}
     for metric in domain.metrics:
-        for row, parameters in phi.items():
+        for row in (*everybody, "personal"):
             pieces = []
             for part in torch.arange(len(problem)).split(batch_size):
                 examples = take(bundle.examples, problem.rows[part])
-                owners = problem.user[part] if row == "personal" else None
-                masks = None if parameters is None else mask[part]
-                pieces.append(problem.model.metric(metric, examples, parameters, masks, owners))
+                phi, owners = (everybody[row], None) if row in everybody else problem.parameters(problem.user[part])
+                masks = None if phi is None else mask[part]
+                pieces.append(problem.model.metric(metric, examples, phi, masks, owners))
             scored[metric][row] = torch.cat(pieces).double().numpy()
     if interactions is not None:
         if bundle.domain != "recommendation":

@@ -212,10 +212,8 @@ class RecommendationDomain:
             length = length + self.targets
         # the history's states depend on nothing behind it: the model is causal
         states = model.base_model(input_ids=tokens, use_cache=False, output_hidden_states=True).hidden_states  # type: ignore[operator]
-        place = torch.arange(tokens.shape[1], device=tokens.device)
-        inside = ((place > 0) & (place <= length))[..., None]
         chosen = [states[len(states) // 2].float(), states[-1].float()]
-        means = [(state * inside).sum(1) / inside.sum(1) for state in chosen]
+        means = [_mean_of_items(state, length) for state in chosen]
         if not context:
             return torch.cat(means, dim=1)
         end = chosen[-1].gather(1, length[..., None].expand(-1, -1, chosen[-1].shape[-1]))[:, 0]
@@ -225,9 +223,7 @@ class RecommendationDomain:
 
     def known_state(self, states: Tensor, examples: Examples) -> Tensor:
         """Mean state over the history (rows, d): a causal model's states there know nothing of what follows."""
-        place = torch.arange(states.shape[1], device=states.device)
-        inside = ((place > 0) & (place <= examples["length"][:, None]))[..., None]
-        return (states.float() * inside).sum(1) / inside.sum(1)
+        return _mean_of_items(states.float(), examples["length"][:, None])
 
     def new_items(self, scores: Tensor, examples: Examples) -> Tensor:
         """Scores of all items for every place (rows, targets, items), with those chosen before it put last."""
@@ -279,3 +275,10 @@ class RecommendationDomain:
 
     def _list(self, tokens: Sequence[int]) -> str:
         return "; ".join(self.titles[token - 1] for token in tokens)
+
+
+def _mean_of_items(states: Tensor, length: Tensor) -> Tensor:
+    """Mean (rows, d) of states (rows, tokens, d) over the first ``length`` (rows, 1) items behind the beginning."""
+    place = torch.arange(states.shape[1], device=states.device)
+    inside = ((place > 0) & (place <= length))[..., None]
+    return (states * inside).sum(1) / inside.sum(1)

@@ -12,7 +12,7 @@ from dsa_gym import storage
 from dsa_gym.bundle import Bundle
 from dsa_gym.model import all_gates
 from dsa_gym.problem import GatingProblem
-from dsa_gym.tables import build_table, read_table
+from dsa_gym.tables import build_table, read_table, table_record
 
 
 def problem(folder: Path, granularity: str = "pathway") -> GatingProblem:
@@ -22,7 +22,7 @@ def problem(folder: Path, granularity: str = "pathway") -> GatingProblem:
 def test_a_table_is_what_the_model_says(bundle_folder: Path, tmp_path: Path) -> None:
     own = problem(bundle_folder)
     build_table(own, tmp_path, key={"bundle": "x"})
-    table, about = read_table(tmp_path, "validation")
+    table, about = read_table(tmp_path, "validation"), table_record(tmp_path, "validation")["about"]
     assert about["bundle"] == "x" and table.shape == (len(own), 16)
     masks = all_gates(own.space).numpy()
     for row in (0, len(own) - 1):
@@ -51,7 +51,7 @@ def test_a_killed_build_goes_on_bit_for_bit(
         read_table(tmp_path / "killed", "validation")
     build_table(own, tmp_path / "killed", key={}, every=2)
     assert calls[0] == 6 + len(own) - 4, "inputs before the last mark are not computed again"
-    first, second = (read_table(tmp_path / name, "validation")[0] for name in ("unbroken", "killed"))
+    first, second = (read_table(tmp_path / name, "validation") for name in ("unbroken", "killed"))
     np.testing.assert_array_equal(first, second)
     build_table(own, tmp_path / "killed", key={})
     assert calls[0] == 6 + len(own) - 4, "a finished table is not built again"

@@ -13,9 +13,11 @@ from rich.console import Console
 
 from dsa_gym.domains import take
 from dsa_gym.experiments import rivals
+from dsa_gym.experiments.bench import different_users
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft asks for it
 def test_result() -> None:
     result = rivals.rivals(num_envs=4, repetitions=2, ppo_steps=1000)
     names = {"products", "hugging_face", "step", "layerwise", "dummy"}
@@ -31,7 +33,7 @@ def test_result() -> None:
 
 def test_hugging_face_scores_the_same() -> None:
     envs = gym.make_vec("DSA-Text-v0", num_envs=8, cache_bytes=0)
-    inputs = rivals._inputs(envs, 8, np.random.default_rng(0))
+    inputs, _ = different_users(envs, 0)
     problem = envs.unwrapped.problem  # type: ignore[attr-defined]
     assert len(set(problem.user[inputs].tolist())) == 8
     examples = take(problem.bundle.examples, problem.rows[torch.from_numpy(inputs)])
