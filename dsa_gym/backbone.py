@@ -28,6 +28,7 @@ from transformers import (
     PretrainedConfig,
 )
 
+from dsa_gym.activations import use_fast_gelu
 from dsa_gym.pathways import ActiveAdapters, Site
 
 ASSETS = Path(__file__).parent / "assets"
@@ -72,6 +73,7 @@ class Backbone:
             ValueError: If no site is found, or ``layers``, ``kinds`` or ``site_names`` name what is not there.
         """
         self.model = model.eval().requires_grad_(False)
+        use_fast_gelu(model)
         self.source = source
         self.sites = find_sites(model, layers=layers, kinds=kinds, site_names=site_names)
         self.blocks = tuple(path for path, _ in _blocks(model, (site_names,) if site_names else SITE_NAMES))

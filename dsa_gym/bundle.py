@@ -7,6 +7,7 @@ library.safetensors       phi_meta and the reference gate
 examples.safetensors      encoded examples, their users, the rows of each split
 observations.safetensors  user embeddings, contexts, and the projections that made them
 store/                    the user store: one sparse change per user
+unpacked/                 changes of very many users, decoded when they are first needed; may be deleted
 losses/                   measured losses under all 2^G masks, NPY, where they can be enumerated
 ```
 
@@ -15,7 +16,6 @@ Nothing in it is code: safetensors, JSON and NPY only. Every file's SHA-256 is i
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -34,11 +34,12 @@ from dsa_gym.model import AdaptedModel
 from dsa_gym.observations import Projection
 from dsa_gym.pathways import AdapterShape, Site
 from dsa_gym.population import SPLITS
+from dsa_gym.unpacked import UnpackedChanges
 from dsa_gym.user_store import UserStore
 
 FORMAT = 1
 HELD_BYTES = 2 * 2**30
-"""Users' parameters that are held in memory."""
+"""Users' parameters that are held in memory, at most."""
 
 DEFAULTS = {name: ASSETS / f"bundle-{name}" for name in ("text", "recommendation", "image")}
 
@@ -125,7 +126,8 @@ class Bundle:
     @property
     def users(self) -> list[str]:
         """Names of all users."""
-        return list(self.manifest["users"])
+        users: list[str] = self.manifest["users"]
+        return users
 
     @cached_property
     def shape(self) -> AdapterShape:
@@ -200,25 +202,15 @@ class Bundle:
 
         Returns:
             ``phi`` of all users (users, P) and ``users``, while that is at most 2 GiB; else ``phi`` (n, P) and None,
-            read from the store, the latest read kept within the same bound.
+            from changes that are unpacked into the bundle's folder once and memory-mapped.
         """
-        size = self.shape.size
-        if len(self.users) * size * 4 <= HELD_BYTES:
+        if len(self.users) * self.shape.size * 4 <= HELD_BYTES:
             return self.phi, users
-        rows = [self._row(user) for user in users.tolist()]
-        while len(self._rows) * size * 4 > HELD_BYTES:
-            self._rows.popitem(last=False)
-        return torch.stack(rows), None
-
-    def _row(self, user: int) -> Tensor:
-        if user not in self._rows:
-            self._rows[user] = self.phi_meta + self.store.read_dense([self.users[user]])[0]
-        self._rows.move_to_end(user)
-        return self._rows[user]
+        return self._unpacked.add_to(self.phi_meta, users), None
 
     @cached_property
-    def _rows(self) -> OrderedDict[int, Tensor]:
-        return OrderedDict()
+    def _unpacked(self) -> UnpackedChanges:
+        return UnpackedChanges.open(self.folder / "unpacked", self.store, self.users, self.checksum)
 
     def reference_gate(self) -> GatingNetwork:
         """The gate that was trained together with the library, in eval mode."""

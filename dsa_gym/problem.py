@@ -18,10 +18,13 @@ from torch import Tensor
 
 from dsa_gym.bundle import Bundle
 from dsa_gym.domains import Examples, domain_class, take, to_device
+from dsa_gym.frozen_states import FrozenStates
 from dsa_gym.masks import GRANULARITIES, MaskSpace
+from dsa_gym.memory import keep_freed_memory
 from dsa_gym.model import AdaptedModel, all_gates
 
 Bits = NDArray[np.uint8]
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 class GatingProblem:
@@ -38,6 +41,8 @@ class GatingProblem:
         table: Measured losses of the inputs under all masks (n, 2^G), or None.
         even_table: The share that even scored elements have in them, or None.
         sizes: Parameters that each gate switches, float64 (G,).
+        requests: Losses that were asked of the cache of computed losses so far.
+        hits: How many of them it had, or had been asked for in the same batch.
     """
 
     def __init__(
@@ -49,7 +54,9 @@ class GatingProblem:
         l0_penalty: float | None = None,
         reward_metric: str | None = None,
         device: str = "auto",
+        dtype: str = "float32",
         cache_bytes: int = 64 * 2**20,
+        state_bytes: int = 256 * 2**20,
         inputs: Tensor | None = None,
     ) -> None:
         """Open a split; the backbone is loaded when a loss is first computed.
@@ -63,8 +70,11 @@ class GatingProblem:
             reward_metric: One of the domain's task metrics, such as ``ndcg@10``: what is called the loss is then minus
                 that metric. No gradient reaches it, and the bundle's tables do not hold it.
             device: ``"auto"``, ``"cpu"``, ``"cuda"``, ...
+            dtype: Floating-point type of the backbone, one of :data:`DTYPES`.
             cache_bytes: Bound on the memory of remembered losses; 0 computes every loss anew and does not use the
                 bundle's tables either.
+            state_bytes: Bound on the memory of states that no mask can change, see
+                :class:`dsa_gym.frozen_states.FrozenStates`; 0 computes them anew.
             inputs: Use only these inputs of the split, int64.
 
         Raises:
@@ -76,12 +86,15 @@ class GatingProblem:
             raise ValueError(f"l0_penalty={l0_penalty}: expected a finite number >= 0, per active parameter")
         check_metric(reward_metric, bundle.domain)
         self.reward_metric = reward_metric
-        if cache_bytes < 0:
-            raise ValueError(f"cache_bytes={cache_bytes}: expected a number of bytes >= 0")
+        for name, size in (("cache_bytes", cache_bytes), ("state_bytes", state_bytes)):
+            if size < 0:
+                raise ValueError(f"{name}={size}: expected a number of bytes >= 0")
         self.bundle, self.split, self.l0_penalty = bundle, split, float(l0_penalty)
         self.space = MaskSpace(bundle.shape, granularity or bundle.manifest["granularity"])
         self.device = _device(device)
-        self.cache_bytes = cache_bytes
+        self.dtype = check_dtype(dtype)
+        self.cache_bytes, self.state_bytes = cache_bytes, state_bytes
+        self.requests = self.hits = 0
         chosen = slice(None) if inputs is None else inputs
         self.rows = bundle.rows(split)[chosen]
         self.user = bundle.user[self.rows]
@@ -99,7 +112,8 @@ class GatingProblem:
         return self.space.granularity == self.bundle.space.granularity
 
     def _measured(self, even: bool, inputs: Tensor | None) -> NDArray[Any] | None:
-        served = self.cache_bytes and self._trained_granularity and self.reward_metric is None
+        exact = self.dtype == torch.float32 and self.reward_metric is None
+        served = self.cache_bytes and self._trained_granularity and exact
         table = self.bundle.table(self.split, even=even) if served else None
         return table if table is None or inputs is None else table[inputs.numpy()]
 
@@ -117,7 +131,13 @@ class GatingProblem:
     @cached_property
     def model(self) -> AdaptedModel:
         """The adapted model, loaded on first use."""
-        return self.bundle.model(device=self.device)
+        if self.device.type == "cpu":
+            keep_freed_memory()
+        return self.bundle.model(device=self.device, dtype=self.dtype)
+
+    @cached_property
+    def _states(self) -> FrozenStates:
+        return FrozenStates(self.model, len(self), self.state_bytes)
 
     @cached_property
     def _phi(self) -> Tensor:
@@ -197,7 +217,11 @@ class GatingProblem:
                         users = users[:1]
                     bits = torch.from_numpy(gates[start : start + batch_size]).to(self.device, torch.float32)
                     phi, own = self.parameters(users)
-                    losses = self._loss(examples, phi, self.space.expand(bits), own)
+                    mask = self.space.expand(bits)
+                    if self.state_bytes and self.reward_metric is None:
+                        losses = self._states.losses(index, examples, phi, mask, own)
+                    else:
+                        losses = self._loss(examples, phi, mask, own)
                 pieces.append(losses.float().cpu())
         return torch.cat(pieces).numpy()
 
@@ -231,11 +255,18 @@ class GatingProblem:
         losses = self.model.losses(examples, phi, mask, users=own)
         return losses.to(gates.device)
 
+    @property
+    def hit_rate(self) -> float:
+        """Share of the requests that the cache could answer; 0 before the first."""
+        return self.hits / max(1, self.requests)
+
     def _cached_losses(self, inputs: NDArray[np.int64], gates: Bits) -> NDArray[np.float32]:
         packed = np.packbits(gates, axis=1)
         keys = [int(i).to_bytes(4, "little") + bits.tobytes() for i, bits in zip(inputs, packed, strict=True)]
         missing = {key: row for row, key in enumerate(keys) if key not in self._cache}
         known = {key: self._cache[key] for key in keys if key not in missing}
+        self.requests += len(keys)
+        self.hits += len(keys) - len(missing)
         if missing:
             rows = np.fromiter(missing.values(), np.int64)
             computed = self.compute_losses(inputs[rows], gates[rows]).tolist()
@@ -283,7 +314,9 @@ class GatingProblem:
             l0_penalty=self.l0_penalty,
             reward_metric=self.reward_metric,
             device=str(self.device),
+            dtype=str(self.dtype).removeprefix("torch."),
             cache_bytes=self.cache_bytes,
+            state_bytes=self.state_bytes,
             inputs=chosen,
         )
 
@@ -301,6 +334,18 @@ def check_metric(name: str | None, domain: str) -> None:
     known = domain_class(domain).metrics
     if name is not None and name not in known:
         raise ValueError(f"reward_metric={name!r}: expected None or, for {domain!r}, one of {', '.join(known)}")
+
+
+def check_dtype(name: str) -> torch.dtype:
+    """The floating-point type of that name.
+
+    Raises:
+        ValueError: Naming those there are.
+    """
+    if name not in DTYPES:
+        raise ValueError(f"dtype={name!r}: expected one of {', '.join(DTYPES)}")
+    kind: torch.dtype = getattr(torch, name)
+    return kind
 
 
 def mask_codes(gates: Bits) -> NDArray[np.int64]:

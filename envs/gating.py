@@ -17,7 +17,7 @@ from dsa_gym.envs.rendering import Frame
 from dsa_gym.masks import MaskSpace
 from dsa_gym.observations import LIMIT
 from dsa_gym.population import SPLITS
-from dsa_gym.problem import GatingProblem, check_metric
+from dsa_gym.problem import GatingProblem, check_dtype, check_metric
 
 
 class GatingCore(Core):
@@ -35,8 +35,10 @@ class GatingCore(Core):
         reward_metric: str | None = None,
         episode_length: int = 1,
         device: str = "auto",
+        dtype: str = "float32",
         render_mode: str | None = None,
         cache_bytes: int = 64 * 2**20,
+        state_bytes: int = 256 * 2**20,
     ) -> None:
         """Read the bundle's manifest; everything heavier waits for the first reset.
 
@@ -44,8 +46,10 @@ class GatingCore(Core):
             ValueError: If an argument is wrong; the message names it.
         """
         super().__init__(num_envs=num_envs, episode_length=episode_length, render_mode=render_mode)
-        if not is_integer(cache_bytes) or cache_bytes < 0:
-            raise ValueError(f"cache_bytes={cache_bytes!r}: expected a number of bytes >= 0")
+        for name, size in (("cache_bytes", cache_bytes), ("state_bytes", state_bytes)):
+            if not is_integer(size) or size < 0:
+                raise ValueError(f"{name}={size!r}: expected a number of bytes >= 0")
+        check_dtype(dtype)
         if split not in SPLITS:
             raise ValueError(f"split={split!r}: expected one of {', '.join(SPLITS)}")
         priced = isinstance(l0_penalty, int | float | np.number) and 0 <= l0_penalty < float("inf")
@@ -63,7 +67,9 @@ class GatingCore(Core):
             "l0_penalty": l0_penalty,
             "reward_metric": reward_metric,
             "device": device,
+            "dtype": dtype,
             "cache_bytes": cache_bytes,
+            "state_bytes": state_bytes,
         }
         sizes = self._opened.manifest["config"]
         self.observation_space = spaces.Dict(
@@ -215,7 +221,8 @@ class GatingEnv(ScalarEnv):
 
     ```python
     gym.make("DSA-Text-v0", bundle=None, split="train", granularity="pathway", l0_penalty=None,
-             reward_metric=None, episode_length=1, device="auto", render_mode=None, cache_bytes=64 * 2**20)
+             reward_metric=None, episode_length=1, device="auto", dtype="float32", render_mode=None,
+             cache_bytes=64 * 2**20, state_bytes=256 * 2**20)
     ```
 
     * `bundle`: folder written by `dsa-gym prepare`; None for the domain's shipped bundle.
@@ -228,9 +235,13 @@ class GatingEnv(ScalarEnv):
     * `reward_metric`: a task metric in the place of minus the loss, see above.
     * `episode_length`: inputs per episode.
     * `device`: `"auto"`, `"cpu"`, `"cuda"`.
+    * `dtype`: of the backbone: `"float32"`, `"bfloat16"` or `"float16"`. In half precision rewards differ a little from
+      those of the bundle's tables, which are then not used.
     * `render_mode`: `"ansi"` or `"rgb_array"`.
     * `cache_bytes`: bound on remembered losses; 0 computes every loss through the model and ignores the
       bundle's tables.
+    * `state_bytes`: bound on remembered states that no mask can change (what comes before the first adapter); 0
+      computes them anew.
 
     ## Version History
 

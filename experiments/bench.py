@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import gymnasium as gym
@@ -90,10 +90,25 @@ def machine() -> dict[str, Any]:
     }
 
 
-def interleaved(functions: dict[str, Callable[[], object]], repetitions: int) -> dict[str, list[float]]:
-    """Milliseconds of each function, in turns so that a drifting machine hits all alike."""
-    timed: dict[str, list[float]] = {name: [] for name in functions}
+def interleaved(
+    functions: Mapping[str, Callable[[], object]],
+    repetitions: int,
+    elsewhere: Mapping[str, Callable[[], float]] | None = None,
+) -> dict[str, list[float]]:
+    """Milliseconds of each function, in turns so that a drifting machine hits all alike.
+
+    Args:
+        functions: What is timed here.
+        repetitions: How often, after three rounds that are not counted.
+        elsewhere: What is timed by another process, each returning its milliseconds.
+    """
+    elsewhere = elsewhere or {}
+    timed: dict[str, list[float]] = {name: [] for name in (*functions, *elsewhere)}
     for repetition in range(repetitions + 3):
+        for name, ask in elsewhere.items():
+            milliseconds = ask()
+            if repetition >= 3:
+                timed[name].append(milliseconds)
         for name, function in functions.items():
             began = time.perf_counter()
             function()

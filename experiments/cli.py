@@ -562,7 +562,7 @@ def _bench(parsed: argparse.Namespace) -> None:
     if parsed.rivals:
         from dsa_gym.experiments import rivals
 
-        result = rivals.rivals(num_envs=parsed.num_envs, repetitions=parsed.repetitions, seed=parsed.seed)
+        result = rivals.rivals(repetitions=parsed.repetitions, seed=parsed.seed)
         rivals.show(result, console)
     else:
         result = bench(parsed.env, parsed.bundle, parsed.num_envs, parsed.repetitions, parsed.seed)

@@ -116,6 +116,17 @@ def make_domain(name: str, settings: Mapping[str, Any], *, backbone_source: str)
     return domain
 
 
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy in nats of each target: logits (..., V), which are used up without a gradient, targets (...)."""
+    if logits.requires_grad:
+        flat = nn.functional.cross_entropy(logits.flatten(0, -2).float(), targets.flatten(), reduction="none")
+        return flat.view_as(targets)
+    logits = logits.float()  # in place from here: these are the largest tensors of a step
+    chosen = logits.gather(-1, targets[..., None])[..., 0]
+    largest = logits.amax(-1, keepdim=True)
+    return logits.sub_(largest).exp_().sum(-1).log_().add_(largest[..., 0]).sub_(chosen)
+
+
 def rows_of(examples: Examples) -> int:
     """Number of examples."""
     return len(next(iter(examples.values())))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dsa_gym import storage
 from dsa_gym.backbone import Backbone, resolve_source
-from dsa_gym.domains import Examples, rows_of
+from dsa_gym.domains import Examples, cross_entropy, rows_of
 from dsa_gym.metrics.ranking import ranking_metric, ranks
 
 CATALOGUE = "items.json"
@@ -196,8 +196,7 @@ class RecommendationDomain:
     def losses(self, model: nn.Module, examples: Examples, *, parts: bool = False) -> Tensor:
         """Mean next-item cross-entropy over the full catalogue, in nats per scored item."""
         logits, targets = self._logits(model, examples)
-        loss = nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
-        weighted = loss.view_as(targets) / self.targets
+        weighted = cross_entropy(logits, targets) / self.targets
         if parts:
             return torch.stack([weighted[:, 0::2].sum(1), weighted[:, 1::2].sum(1)], dim=1)
         return weighted.sum(1)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dsa_gym.backbone import Backbone, load_tokenizer
-from dsa_gym.domains import Examples
+from dsa_gym.domains import Examples, cross_entropy
 from dsa_gym.metrics.text import rouge, sentence_bleu
 
 
@@ -99,9 +99,8 @@ class TextDomain:
         targets = tokens[:, self.prefix_tokens :]  # (rows, T)
         positions = torch.arange(self.prefix_tokens - 1, tokens.shape[1] - 1, device=tokens.device)
         logits = model(input_ids=tokens[:, :-1], logits_to_keep=positions, use_cache=False).logits
-        loss = nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
         scored = positions + 1 < examples["length"][:, None]  # (rows, T)
-        weighted = loss.view_as(targets) * scored / scored.sum(1, keepdim=True)
+        weighted = cross_entropy(logits, targets) * scored / scored.sum(1, keepdim=True)
         if parts:
             return torch.stack([weighted[:, 0::2].sum(1), weighted[:, 1::2].sum(1)], dim=1)
         return weighted.sum(1)
