@@ -17,6 +17,10 @@ __all__ = ["AGENTS", "agent_class", "make_agent"]
 
 AGENTS: dict[str, str] = {
     "ppo": "dsa_gym.agents.ppo:PPOAgent",
+    "factored_ppo": "dsa_gym.agents.factored_ppo:FactoredPPOAgent",
+    "rloo": "dsa_gym.agents.rloo:RLOOAgent",
+    "disarm": "dsa_gym.agents.disarm:DisARMAgent",
+    "counterfactual": "dsa_gym.agents.counterfactual:CounterfactualAgent",
     "gumbel": "dsa_gym.agents.gumbel:GumbelAgent",
     "none": "dsa_gym.agents.fixed:NoneAgent",
     "all": "dsa_gym.agents.fixed:AllAgent",

@@ -18,9 +18,12 @@ from dsa_gym.agents.base import Agent, zoo_defaults
 from dsa_gym.envs import make_sb3_vec_env
 
 every_agent = pytest.mark.parametrize("name", AGENTS)
+POLICY_GRADIENT = ("rloo", "factored_ppo", "disarm", "counterfactual")
+LEARNERS = ("ppo", "gumbel", *POLICY_GRADIENT)
 SMALL: dict[str, dict[str, Any]] = {
     "ppo": {"hidden": [8], "n_steps": 2, "batch_size": 16, "epochs": 1},
     "gumbel": {"hidden": 8, "batch_size": 8},
+    **{name: {"hidden": [8], "batch_size": 4, "masks": 4} for name in POLICY_GRADIENT},
 }
 
 
@@ -41,7 +44,7 @@ def test_on_the_real_environment(name: str, bundle_folder: Path) -> None:
         assert agent.name == name and agent.gates == 4 and agent.steps == 0
         updates: list[tuple[int, dict[str, float]]] = []
         agent.learn(16, lambda steps, scalars, seen=updates: seen.append((steps, scalars)))  # type: ignore[misc]
-        if name in ("ppo", "gumbel"):
+        if name in LEARNERS:
             assert agent.steps == 16
             assert [steps for steps, _ in updates] == sorted(steps for steps, _ in updates)
             assert updates[-1][0] == 16
@@ -53,7 +56,7 @@ def test_on_the_real_environment(name: str, bundle_folder: Path) -> None:
             assert masks.shape == (len(other.get_wrapper_attr("problem")), 4)
             assert masks.dtype == np.uint8 and np.isin(masks, (0, 1)).all()
         observation, info = other.reset(seed=0)
-        if name in ("ppo", "gumbel", "static", "none", "all", "random"):
+        if name in (*LEARNERS, "static", "none", "all", "random"):
             batch = {key: value[None] for key, value in observation.items()}
             decision = agent.predict(batch, info)
             other.step(decision[0])
@@ -77,7 +80,7 @@ def test_same_seed_same_agent(name: str, planted: Any, planted_vec_env: Any) -> 
     np.testing.assert_array_equal(results[0][0], results[1][0])
     assert results[0][1].keys() == results[1][1].keys()
     assert all(torch.equal(value, results[1][1][key]) for key, value in results[0][1].items())
-    if name in ("ppo", "gumbel"):
+    if name in LEARNERS:
         assert any(not torch.equal(value, results[2][1][key]) for key, value in results[0][1].items())
     if name == "random":
         assert (results[0][0] != results[2][0]).any()
