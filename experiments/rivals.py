@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,8 @@ def rivals(
     """Time the text environment and its rivals on the shipped bundle, all users and masks different, caches off.
 
     Args:
-        num_envs: Environments in a batch; ``compiled`` and ``peft`` are measured at the first number only.
+        num_envs: Environments in a batch. ``bfloat16``, ``compiled``, ``dummy`` and ``peft`` are measured at the
+            first number only: they take minutes or tens of gigabytes at more.
         repetitions: Timed repetitions of each, interleaved.
         ppo_steps: Steps of stable-baselines3's PPO on the table environment.
         users: Users of the bundles that the scaling is measured with.
@@ -99,7 +101,7 @@ def rivals(
         "profile": _profile(num_envs[0], seed),
         "cache": _cache(num_envs[0], seed),
         "scaling": {count: _per_environment(count, seed) for count in (64, 256, 1024)},
-        "users": {count: _with_users(count, repetitions, seed) for count in users},
+        "users": {count: _alone(_with_users, count, repetitions, seed) for count in users},
         "table": _table_rate(seed),
         "ppo": _ppo_rate(ppo_steps, seed),
         "machine": machine(),
@@ -116,37 +118,39 @@ def _batch(
     problem = envs.problem
     variants: dict[str, Any] = {
         "nothing_kept": gym.make_vec("DSA-Text-v0", num_envs=count, cache_bytes=0, state_bytes=0),
-        "bfloat16": gym.make_vec("DSA-Text-v0", num_envs=count, cache_bytes=0, dtype="bfloat16"),
         "upper_half": gym.make_vec("DSA-Text-v0", num_envs=count, cache_bytes=0, bundle=upper_half),
     }
+    if position == 0:
+        variants["bfloat16"] = gym.make_vec("DSA-Text-v0", num_envs=count, cache_bytes=0, dtype="bfloat16")
     for variant in variants.values():
         different_users(variant, seed)
-    _visit_all(problem, variants["bfloat16"].problem, variants["upper_half"].problem)
+    _visit_all(problem, *(variant.problem for name, variant in variants.items() if name != "nothing_kept"))
     layered: Any = gym.make_vec("DSA-TextLayerwise-v0", num_envs=count)
     layered.reset(seed=seed)
     generator = np.random.default_rng(seed)
     per_layer = (generator.random((4, count, layered.single_action_space.n)) < 0.5).astype(np.int8)
-    dummy = DummyVecEnv([lambda: gym.make("DSA-Text-v0", cache_bytes=0)] * count)
-    dummy.reset()
     examples = take(problem.bundle.examples, problem.rows[torch.from_numpy(inputs)])
     domain, model = problem.model.domain, _hugging_face(problem.bundle.manifest["backbone"]["source"])
     functions: dict[str, Callable[[], object]] = {
         "step": lambda: envs.step(gates),
-        **{name: lambda variant=variant: variant.step(gates) for name, variant in variants.items()},
+        **{name: partial(variant.step, gates) for name, variant in variants.items()},
         "products": _products(problem.model, examples),
         "hugging_face_kept": lambda: _loss(model, domain.prefix_tokens, examples),
         "layerwise": lambda: [layered.step(actions) for actions in per_layer],
-        "dummy": lambda: dummy.step(gates),
     }
     if position == 0:
+        dummy = DummyVecEnv([lambda: gym.make("DSA-Text-v0", cache_bytes=0)] * count)
+        dummy.reset()
+        functions["dummy"] = lambda: dummy.step(gates)
         functions["compiled"] = _compiled(problem, inputs, gates)
     arguments = (problem.bundle.manifest["backbone"]["source"], domain.prefix_tokens, examples, position == 0)
     with _rivals_process(arguments) as theirs, torch.inference_mode():
         timed = interleaved(functions, repetitions, theirs)
     losses = problem.compute_losses(inputs, gates)
     difference = {
-        name: float(np.abs(variants[name].problem.compute_losses(inputs, gates) - losses).max())
-        for name in ("nothing_kept", "bfloat16")
+        name: float(np.abs(variant.problem.compute_losses(inputs, gates) - losses).max())
+        for name, variant in variants.items()
+        if name != "upper_half"  # another problem
     }
     step = np.asarray(timed["step"])
     result = {
@@ -192,7 +196,7 @@ def _rivals_process(arguments: tuple[Any, ...]) -> Iterator[dict[str, Callable[[
         return float(ours.recv())
 
     try:
-        yield {name: lambda name=name: ask(name) for name in ours.recv()}
+        yield {name: partial(ask, name) for name in ours.recv()}
     finally:
         process.kill()
         process.join()
@@ -336,6 +340,12 @@ def _per_environment(count: int, seed: int) -> float:
     _visit_all(envs.problem)
     times = interleaved({"step": lambda: envs.step(gates)}, 5)["step"]
     return float(np.median(times)) / count
+
+
+def _alone(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a function in a process of its own, whose memory is nothing else's."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(function, arguments)
 
 
 def _with_users(count: int, repetitions: int, seed: int) -> dict[str, float]:

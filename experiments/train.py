@@ -174,7 +174,8 @@ def train(config: TrainConfig, logdir: Path) -> Path:
     latest: dict[str, float] = {}
 
     def on_update(steps: int, scalars: dict[str, float]) -> None:
-        log.scalars(steps, scalars)
+        cache = {"cache/hit_rate": agent.scorer.hit_rate} if agent.scorer.requests else {}
+        log.scalars(steps, scalars | cache)
         bar.update(steps - bar.n)
 
     while True:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -293,18 +294,38 @@ def test_masks_that_do_not_fit(make: Make, shape: tuple[int, ...]) -> None:
         make().losses(np.arange(3), np.zeros(shape, dtype=np.uint8))
 
 
-def test_many_users_are_read_when_they_are_needed(
-    make: Make, bundle: Bundle, bundle_folder: Path, monkeypatch: pytest.MonkeyPatch
+def test_many_users_are_unpacked_into_files(
+    make: Make, bundle_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where the users do not fit into memory, losses are the same and no more are held than fit."""
+    """Where the users do not fit into memory, losses are the same and the table of all is never made."""
     inputs = np.arange(len(make()))
     gates = np.random.default_rng(0).integers(0, 2, (len(inputs), make().gates)).astype(np.uint8)
     expected = make(cache_bytes=0).losses(inputs, gates)
-    held = 3
-    monkeypatch.setattr("dsa_gym.bundle.HELD_BYTES", held * bundle.shape.size * 4)
-    fresh = Bundle.open(bundle_folder)
+    monkeypatch.setattr("dsa_gym.bundle.HELD_BYTES", 0)
+    shutil.copytree(bundle_folder, tmp_path / "bundle")
+    fresh = Bundle.open(tmp_path / "bundle")
     problem = GatingProblem(fresh, "test", device="cpu", cache_bytes=0)
     np.testing.assert_allclose(problem.losses(inputs, gates), expected, atol=1e-5)
-    assert len(fresh._rows) == held and "phi" not in fresh.__dict__
+    assert "phi" not in fresh.__dict__
     relaxed = problem.relaxed_losses(torch.from_numpy(inputs[:4]), torch.from_numpy(gates[:4]).float())
     np.testing.assert_allclose(relaxed.numpy(), expected[:4], atol=1e-5)
+    Bundle.open(tmp_path / "bundle")  # still as it was made
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_is_near(make: Make, bundle: Bundle, dtype: str) -> None:
+    inputs, gates = some(make(), 8)
+    exact = make().losses(inputs, gates)
+    half = GatingProblem(bundle, "test", device="cpu", dtype=dtype)
+    assert half.table is None
+    found = half.losses(inputs, gates)
+    assert 0 < np.abs(found - exact).max() < 0.05
+
+
+def test_hit_rate(make: Make) -> None:
+    problem = make(granularity="site")
+    assert problem.hit_rate == 0
+    inputs, gates = np.arange(4), np.zeros((4, problem.gates), np.uint8)
+    for _ in range(4):
+        problem.losses(inputs, gates)
+    assert problem.hit_rate == 0.75
