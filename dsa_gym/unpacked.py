@@ -64,8 +64,9 @@ class UnpackedChanges:
     def add_to(self, phi: Tensor, users: Tensor) -> Tensor:
         """``phi + delta_u`` for flat parameters (P,) of users, int64 (n,): float32 (n, P)."""
         rows = phi.expand(len(users), -1).clone()
+        changes = [self.entries[self.ends[user] : self.ends[user + 1]] for user in users.tolist()]
+        begins = np.repeat(np.arange(len(users)) * len(phi), [len(change) for change in changes])
+        entries = np.concatenate(changes)
         flat = rows.view(-1).numpy()  # the same memory
-        for row, user in enumerate(users.tolist()):
-            entries = self.entries[self.ends[user] : self.ends[user + 1]]
-            flat[entries["index"] + row * len(phi)] += entries["value"]
+        flat[begins + entries["index"]] += entries["value"]
         return rows
