@@ -52,7 +52,7 @@ class Backbone:
     """A frozen transformer with adapter sites.
 
     Attributes:
-        model: The transformers or diffusers model: eval mode, no parameter requires a gradient.
+        model: The transformers or diffusers model: eval mode, no parameter requires a gradient, a faster tanh-GELU.
         sites: The adapter sites in order of execution.
         blocks: Paths of the blocks that could have sites, in order of execution.
         source: What it was loaded from.
@@ -72,8 +72,8 @@ class Backbone:
         Raises:
             ValueError: If no site is found, or ``layers``, ``kinds`` or ``site_names`` name what is not there.
         """
-        self.model = model.eval().requires_grad_(False)
         use_fast_gelu(model)
+        self.model = model.eval().requires_grad_(False)
         self.source = source
         self.sites = find_sites(model, layers=layers, kinds=kinds, site_names=site_names)
         self.blocks = tuple(path for path, _ in _blocks(model, (site_names,) if site_names else SITE_NAMES))

@@ -55,6 +55,7 @@ class GatingProblem:
         reward_metric: str | None = None,
         device: str = "auto",
         dtype: str = "float32",
+        compile: bool = False,
         cache_bytes: int = 64 * 2**20,
         state_bytes: int = 256 * 2**20,
         inputs: Tensor | None = None,
@@ -71,6 +72,8 @@ class GatingProblem:
                 that metric. No gradient reaches it, and the bundle's tables do not hold it.
             device: ``"auto"``, ``"cpu"``, ``"cuda"``, ...
             dtype: Floating-point type of the backbone, one of :data:`DTYPES`.
+            compile: Whether losses are computed by ``torch.compile``, which needs a C++ compiler and half a minute for
+                each new number of rows; states are then computed anew.
             cache_bytes: Bound on the memory of remembered losses; 0 computes every loss anew and does not use the
                 bundle's tables either.
             state_bytes: Bound on the memory of states that no mask can change, see
@@ -93,7 +96,7 @@ class GatingProblem:
         self.space = MaskSpace(bundle.shape, granularity or bundle.manifest["granularity"])
         self.device = _device(device)
         self.dtype = check_dtype(dtype)
-        self.cache_bytes, self.state_bytes = cache_bytes, state_bytes
+        self.compile, self.cache_bytes, self.state_bytes = compile, cache_bytes, state_bytes
         self.requests = self.hits = 0
         chosen = slice(None) if inputs is None else inputs
         self.rows = bundle.rows(split)[chosen]
@@ -138,6 +141,15 @@ class GatingProblem:
     @cached_property
     def _states(self) -> FrozenStates:
         return FrozenStates(self.model, len(self), self.state_bytes)
+
+    @cached_property
+    def _compiled(self) -> Any:
+        model = self.model
+
+        def losses(examples: Examples, phi: Tensor, mask: Tensor, users: Tensor | None) -> Tensor:
+            return model.losses(examples, phi, mask, users=users)
+
+        return torch.compile(losses)
 
     @cached_property
     def _phi(self) -> Tensor:
@@ -218,7 +230,9 @@ class GatingProblem:
                     bits = torch.from_numpy(gates[start : start + batch_size]).to(self.device, torch.float32)
                     phi, own = self.parameters(users)
                     mask = self.space.expand(bits)
-                    if self.state_bytes and self.reward_metric is None:
+                    if self.compile and self.reward_metric is None:
+                        losses = self._compiled(examples, phi, mask, own)
+                    elif self.state_bytes and self.reward_metric is None:
                         losses = self._states.losses(index, examples, phi, mask, own)
                     else:
                         losses = self._loss(examples, phi, mask, own)
@@ -315,6 +329,7 @@ class GatingProblem:
             reward_metric=self.reward_metric,
             device=str(self.device),
             dtype=str(self.dtype).removeprefix("torch."),
+            compile=self.compile,
             cache_bytes=self.cache_bytes,
             state_bytes=self.state_bytes,
             inputs=chosen,

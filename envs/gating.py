@@ -36,6 +36,7 @@ class GatingCore(Core):
         episode_length: int = 1,
         device: str = "auto",
         dtype: str = "float32",
+        compile: bool = False,
         render_mode: str | None = None,
         cache_bytes: int = 64 * 2**20,
         state_bytes: int = 256 * 2**20,
@@ -50,6 +51,8 @@ class GatingCore(Core):
             if not is_integer(size) or size < 0:
                 raise ValueError(f"{name}={size!r}: expected a number of bytes >= 0")
         check_dtype(dtype)
+        if not isinstance(compile, bool):
+            raise ValueError(f"compile={compile!r}: expected True or False")
         if split not in SPLITS:
             raise ValueError(f"split={split!r}: expected one of {', '.join(SPLITS)}")
         priced = isinstance(l0_penalty, int | float | np.number) and 0 <= l0_penalty < float("inf")
@@ -68,6 +71,7 @@ class GatingCore(Core):
             "reward_metric": reward_metric,
             "device": device,
             "dtype": dtype,
+            "compile": compile,
             "cache_bytes": cache_bytes,
             "state_bytes": state_bytes,
         }
@@ -221,8 +225,8 @@ class GatingEnv(ScalarEnv):
 
     ```python
     gym.make("DSA-Text-v0", bundle=None, split="train", granularity="pathway", l0_penalty=None,
-             reward_metric=None, episode_length=1, device="auto", dtype="float32", render_mode=None,
-             cache_bytes=64 * 2**20, state_bytes=256 * 2**20)
+             reward_metric=None, episode_length=1, device="auto", dtype="float32", compile=False,
+             render_mode=None, cache_bytes=64 * 2**20, state_bytes=256 * 2**20)
     ```
 
     * `bundle`: folder written by `dsa-gym prepare`; None for the domain's shipped bundle.
@@ -238,6 +242,8 @@ class GatingEnv(ScalarEnv):
     * `dtype`: of the backbone: `"float32"`, `"bfloat16"` or `"float16"`. In half precision rewards differ a little from
       those of the bundle's tables, which are then not used.
     * `render_mode`: `"ansi"` or `"rgb_array"`.
+    * `compile`: whether losses are computed by `torch.compile`; it needs a C++ compiler, and half a minute at the first
+      step.
     * `cache_bytes`: bound on remembered losses; 0 computes every loss through the model and ignores the
       bundle's tables.
     * `state_bytes`: bound on remembered states that no mask can change (what comes before the first adapter); 0

@@ -41,7 +41,7 @@ LABELS = {
     "upper_half": "step with adapters in the upper half only",
     "nothing_kept": "step that computes everything anew",
     "bfloat16": "step in bfloat16",
-    "compiled": "adapted losses under torch.compile",
+    "compiled": "step under torch.compile",
     "layerwise": "layerwise episode",
     "hugging_face": "Hugging Face, eager, no adapters, process of its own",
     "hugging_face_kept": "the same with freed memory kept",
@@ -62,7 +62,7 @@ def rivals(
     """Time the text environment and its rivals on the shipped bundle, all users and masks different, caches off.
 
     Args:
-        num_envs: Environments in a batch. ``bfloat16``, ``compiled``, ``dummy`` and ``peft`` are measured at the
+        num_envs: Environments in a batch. ``bfloat16``, ``dummy`` and ``peft`` are measured at the
             first number only: they take minutes or tens of gigabytes at more.
         repetitions: Timed repetitions of each, interleaved.
         ppo_steps: Steps of stable-baselines3's PPO on the table environment.
@@ -117,6 +117,7 @@ def _batch(
     inputs, gates = different_users(envs, seed)
     problem = envs.problem
     variants: dict[str, Any] = {
+        "compiled": gym.make_vec("DSA-Text-v0", num_envs=count, cache_bytes=0, compile=True),
         "nothing_kept": gym.make_vec("DSA-Text-v0", num_envs=count, cache_bytes=0, state_bytes=0),
         "upper_half": gym.make_vec("DSA-Text-v0", num_envs=count, cache_bytes=0, bundle=upper_half),
     }
@@ -124,7 +125,9 @@ def _batch(
         variants["bfloat16"] = gym.make_vec("DSA-Text-v0", num_envs=count, cache_bytes=0, dtype="bfloat16")
     for variant in variants.values():
         different_users(variant, seed)
-    _visit_all(problem, *(variant.problem for name, variant in variants.items() if name != "nothing_kept"))
+    _visit_all(
+        problem, *(variant.problem for name, variant in variants.items() if name not in ("nothing_kept", "compiled"))
+    )
     layered: Any = gym.make_vec("DSA-TextLayerwise-v0", num_envs=count)
     layered.reset(seed=seed)
     generator = np.random.default_rng(seed)
@@ -142,7 +145,6 @@ def _batch(
         dummy = DummyVecEnv([lambda: gym.make("DSA-Text-v0", cache_bytes=0)] * count)
         dummy.reset()
         functions["dummy"] = lambda: dummy.step(gates)
-        functions["compiled"] = _compiled(problem, inputs, gates)
     arguments = (problem.bundle.manifest["backbone"]["source"], domain.prefix_tokens, examples, position == 0)
     with _rivals_process(arguments) as theirs, torch.inference_mode():
         timed = interleaved(functions, repetitions, theirs)
@@ -228,16 +230,6 @@ def _peft(source: str, prefix: int, examples: Examples) -> Callable[[], object]:
         model.add_adapter(name, config)
     model.eval()
     return lambda: _loss(model, prefix, examples, adapter_names=names)
-
-
-def _compiled(problem: GatingProblem, inputs: np.ndarray, gates: np.ndarray) -> Callable[[], object]:
-    """The adapted losses of these inputs as torch.compile makes them of the same code."""
-    index = torch.from_numpy(inputs)
-    examples = take(problem.bundle.examples, problem.rows[index])
-    phi, users = problem.parameters(problem.user[index])
-    mask = problem.space.expand(torch.from_numpy(gates).float())
-    function: Callable[[], object] = torch.compile(lambda: problem.model.losses(examples, phi, mask, users=users))
-    return function
 
 
 def _products(adapted: Any, examples: Examples) -> Callable[[], object]:

@@ -329,3 +329,12 @@ def test_hit_rate(make: Make) -> None:
     for _ in range(4):
         problem.losses(inputs, gates)
     assert problem.hit_rate == 0.75
+
+
+@pytest.mark.slow  # half a minute of compiling
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")  # torch itself
+def test_compiled_losses_are_the_same(bundle: Bundle, make: Make) -> None:
+    problem = GatingProblem(bundle, "test", device="cpu", cache_bytes=0, compile=True)
+    for seed in range(2):
+        inputs, gates = some(problem, 8, seed)
+        np.testing.assert_allclose(problem.losses(inputs, gates), make(cache_bytes=0).losses(inputs, gates), atol=1e-4)
