@@ -522,7 +522,7 @@ def dit_folder(tmp_path: Path) -> Path:
         ({"_class_name": "DDPMScheduler"}, "has no model 'DDPMScheduler'"),
         ({"_class_name": ["DiT"]}, r"has no model \['DiT'\]"),
         ({"num_layers": LAYERS + 1}, r"19 tensors of DiTTransformer2DModel are missing.*'transformer_blocks\.3\."),
-        ({"attention_head_dim": 4}, r"weights cannot be loaded .*DiTTransformer2DModel"),
+        ({"attention_head_dim": 4}, "weights cannot be loaded"),
         ({"num_layers": "three"}, "weights cannot be loaded"),
         ({"patch_size": 0}, "weights cannot be loaded"),
         ({"activation_fn": "nothing"}, "weights cannot be loaded"),
