@@ -95,7 +95,9 @@ def interleaved(
     repetitions: int,
     elsewhere: Mapping[str, Callable[[], float]] | None = None,
 ) -> dict[str, list[float]]:
-    """Milliseconds of each function, in turns so that a drifting machine hits all alike.
+    """Milliseconds of each function, in rounds so that a drifting machine hits all alike.
+
+    The order of each round is drawn: what runs first after another process finds the processor's caches cold.
 
     Args:
         functions: What is timed here.
@@ -104,16 +106,17 @@ def interleaved(
     """
     elsewhere = elsewhere or {}
     timed: dict[str, list[float]] = {name: [] for name in (*functions, *elsewhere)}
+    generator = np.random.default_rng(0)
     for repetition in range(repetitions + 3):
-        for name, ask in elsewhere.items():
-            milliseconds = ask()
+        for name in generator.permutation(list(timed)).tolist():
+            if name in elsewhere:
+                milliseconds = elsewhere[name]()
+            else:
+                began = time.perf_counter()
+                functions[name]()
+                milliseconds = 1000 * (time.perf_counter() - began)
             if repetition >= 3:
                 timed[name].append(milliseconds)
-        for name, function in functions.items():
-            began = time.perf_counter()
-            function()
-            if repetition >= 3:
-                timed[name].append(1000 * (time.perf_counter() - began))
     return timed
 
 
