@@ -13,7 +13,7 @@ import torch
 import yaml
 from gymnasium import spaces
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from dsa_gym import storage
 
@@ -245,6 +245,35 @@ class LogitAgent(Agent):
         self.rows(observation)
         probabilities: NDArray[np.float64] = torch.sigmoid(self.logits(observation)).double().numpy()
         return probabilities
+
+
+class NetworkAgent(LogitAgent):
+    """An agent that is a network, its optimiser and a count of steps; its constructor makes the first two.
+
+    Attributes:
+        network: Gives the logits.
+        optimizer: Trains it.
+    """
+
+    network: nn.Module
+    optimizer: torch.optim.Optimizer
+    _steps = 0
+
+    @property
+    def steps(self) -> int:
+        """Losses or rewards asked for so far."""
+        return self._steps
+
+    def state(self) -> dict[str, Tensor]:
+        """Network, optimiser and step count."""
+        tensors = {f"gate.{name}": value for name, value in self.network.state_dict().items()}
+        return tensors | storage.optimizer_tensors(self.optimizer) | {"steps": torch.tensor(self._steps)}
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        """Take over what :meth:`state` returned."""
+        self.network.load_state_dict({k[5:]: v for k, v in tensors.items() if k.startswith("gate.")})
+        storage.load_optimizer_tensors(self.optimizer, tensors)
+        self._steps = int(tensors["steps"])
 
 
 def zoo_defaults(name: str) -> dict[str, Any]:

@@ -20,7 +20,7 @@ class CounterfactualAgent(PolicyGradientAgent):
     def update(self, batch: Batch) -> tuple[int, dict[str, float]]:
         """One gradient step."""
         flips = min(self.config["masks"] - 1, self.gates)
-        logits = self.policy(batch.observed)
+        logits = self.network(batch.observed)
         mask = batch.draw(logits, 1)  # (rows, 1, G)
         chosen = torch.rand(logits.shape, generator=batch.generator).topk(flips, dim=1).indices  # (rows, flips)
         flipped = mask.expand(-1, flips, -1).clone()

@@ -20,7 +20,7 @@ class DisARMAgent(PolicyGradientAgent):
     def update(self, batch: Batch) -> tuple[int, dict[str, float]]:
         """One gradient step."""
         pairs = self.config["masks"] // 2
-        logits = self.policy(batch.observed)
+        logits = self.network(batch.observed)
         gates = antithetic(logits.detach(), pairs, batch.generator)  # (rows, 2, pairs, G)
         rewards = batch.rewards(gates.flatten(1, 2)).unflatten(1, (2, pairs))  # (rows, 2, pairs)
         gradient = disarm(logits.detach(), gates, rewards).mean(1)  # (rows, G)

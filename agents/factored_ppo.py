@@ -30,7 +30,7 @@ class FactoredPPOAgent(PolicyGradientAgent):
     def update(self, batch: Batch) -> tuple[int, dict[str, float]]:
         """Some epochs over the masks of a batch."""
         with torch.no_grad():
-            old = self.policy(batch.observed)
+            old = self.network(batch.observed)
             gates = batch.draw(old, self.config["masks"])
             rewards = batch.rewards(gates)
             advantages = scaled(leave_one_out(rewards))
@@ -40,12 +40,12 @@ class FactoredPPOAgent(PolicyGradientAgent):
         for _ in range(self.config["epochs"]):
             order = torch.randperm(len(batch.inputs), generator=batch.generator)
             for rows in order.chunk(self.config["minibatches"]):
-                logits = self.policy(batch.observed[rows])
+                logits = self.network(batch.observed[rows])
                 ratio = (bernoulli_log_prob(logits[:, None], gates[rows]) - before[rows]).exp()
                 objective = clipped(ratio, advantages[rows], self.config["clip_range"])  # (rows, masks, G)
                 self.improve((objective * allowed).mean(), logits)
             with torch.no_grad():
-                divergence = bernoulli_kl(old, self.policy(batch.observed)).mean(0)
+                divergence = bernoulli_kl(old, self.network(batch.observed)).mean(0)
             allowed = (divergence < self.config["gate_kl"]).float()
         return rewards.numel(), {
             "train/reward": rewards.mean().item(),

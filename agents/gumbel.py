@@ -8,12 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dsa_gym import storage
-from dsa_gym.agents.base import LogitAgent, Observation, OnUpdate
+from dsa_gym.agents.base import NetworkAgent, Observation, OnUpdate
 from dsa_gym.gating import GateConfig, GatingNetwork
 
 
-class GumbelAgent(LogitAgent):
+class GumbelAgent(NetworkAgent):
     """Minimises ``loss + l0_penalty * active_parameters`` by the gradient through relaxed gates.
 
     Each gate is a binary concrete variable (Maddison et al., 2017; Jang et al., 2017). It needs a loss that
@@ -21,6 +20,7 @@ class GumbelAgent(LogitAgent):
     """
 
     name = "gumbel"
+    network: GatingNetwork
     minimum = {"batch_size": 1, "learning_rate": 1e-12, "weight_decay": 0}
 
     def __init__(self, env: Any, seed: int = 0, **config: Any) -> None:
@@ -36,16 +36,10 @@ class GumbelAgent(LogitAgent):
         sizes = {name: space.shape[0] for name, space in env.observation_space.spaces.items()}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
-            self.gate = GatingNetwork(sizes["user"], sizes["context"], self.gates, self.gates, gate)
+            self.network = GatingNetwork(sizes["user"], sizes["context"], self.gates, self.gates, gate)
         self.optimizer = torch.optim.AdamW(
-            self.gate.parameters(), lr=self.config["learning_rate"], weight_decay=self.config["weight_decay"]
+            self.network.parameters(), lr=self.config["learning_rate"], weight_decay=self.config["weight_decay"]
         )
-        self._steps = 0
-
-    @property
-    def steps(self) -> int:
-        """Inputs that losses were computed for."""
-        return self._steps
 
     def learn(self, steps: int, on_update: OnUpdate | None = None) -> None:
         """Take gradient steps until ``steps`` more inputs have been used.
@@ -65,17 +59,17 @@ class GumbelAgent(LogitAgent):
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self._steps)
             torch.manual_seed(self.seed * 1_000_003 + self._steps)
             inputs = torch.randint(len(scorer), (size,), generator=generator)
-            temperature = self.gate.config.temperature_at(self._steps / self.config["anneal_steps"])
-            self.gate.train()
-            logits = self.gate(observed["user"][inputs], observed["context"][inputs])
-            gates = self.gate.sample(logits, temperature, generator)
+            temperature = self.network.config.temperature_at(self._steps / self.config["anneal_steps"])
+            self.network.train()
+            logits = self.network(observed["user"][inputs], observed["context"][inputs])
+            gates = self.network.sample(logits, temperature, generator)
             loss = scorer.relaxed_losses(inputs, gates).mean()
             objective = loss + (gates * prices.float()).sum(1).mean()
             if not torch.isfinite(objective):
                 raise FloatingPointError(f"gumbel: loss is {objective.item()} after {self._steps} steps")
             self.optimizer.zero_grad()
             objective.backward()
-            torch.nn.utils.clip_grad_norm_(self.gate.parameters(), 1.0)
+            torch.nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
             self.optimizer.step()
             self._steps += size
             if on_update is not None:
@@ -84,17 +78,6 @@ class GumbelAgent(LogitAgent):
     @torch.inference_mode()
     def logits(self, observation: Observation) -> Tensor:
         """Logit of each gate (rows, G)."""
-        self.gate.eval()
-        logits: Tensor = self.gate(torch.as_tensor(observation["user"]), torch.as_tensor(observation["context"]))
+        self.network.eval()
+        logits: Tensor = self.network(torch.as_tensor(observation["user"]), torch.as_tensor(observation["context"]))
         return logits
-
-    def state(self) -> dict[str, Tensor]:
-        """Gate, optimiser and step count."""
-        tensors = {f"gate.{name}": value for name, value in self.gate.state_dict().items()}
-        return tensors | storage.optimizer_tensors(self.optimizer) | {"steps": torch.tensor(self._steps)}
-
-    def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """Take over gate, optimiser and step count."""
-        self.gate.load_state_dict({k[5:]: v for k, v in tensors.items() if k.startswith("gate.")})
-        storage.load_optimizer_tensors(self.optimizer, tensors)
-        self._steps = int(tensors["steps"])

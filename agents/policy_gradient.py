@@ -11,8 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dsa_gym import storage
-from dsa_gym.agents.base import LogitAgent, Observation, OnUpdate
+from dsa_gym.agents.base import NetworkAgent, Observation, OnUpdate
 
 
 @dataclass
@@ -44,7 +43,7 @@ class Batch:
         return torch.from_numpy(np.asarray(found)).float().view(rows, masks)
 
 
-class PolicyGradientAgent(LogitAgent):
+class PolicyGradientAgent(NetworkAgent):
     """An agent whose policy is independent Bernoulli gates, trained on rewards of masks that it chooses itself.
 
     A contextual bandit allows what an environment's step does not: several masks for one input. They go to the
@@ -74,19 +73,13 @@ class PolicyGradientAgent(LogitAgent):
             last = nn.Linear(sizes[-1], self.gates)
             nn.init.orthogonal_(last.weight, 0.01)  # every gate starts at one half
             nn.init.zeros_(last.bias)
-            self.policy = nn.Sequential(*layers, last)
+            self.network = nn.Sequential(*layers, last)
         self.optimizer = torch.optim.AdamW(
-            self.policy.parameters(),
+            self.network.parameters(),
             lr=self.config["learning_rate"],
             weight_decay=self.config["weight_decay"],
             eps=1e-5,
         )
-        self._steps = 0
-
-    @property
-    def steps(self) -> int:
-        """Masks scored so far."""
-        return self._steps
 
     @abstractmethod
     def update(self, batch: Batch) -> tuple[int, dict[str, float]]:
@@ -109,7 +102,7 @@ class PolicyGradientAgent(LogitAgent):
             )
             scored, scalars = self.update(Batch(scorer, inputs, everything[inputs] + noise, generator))
             self._steps += scored
-            if not all(bool(torch.isfinite(p).all()) for p in self.policy.parameters()):
+            if not all(bool(torch.isfinite(p).all()) for p in self.network.parameters()):
                 raise FloatingPointError(f"{self.name}: weights are not finite after {self._steps} steps")
             if on_update is not None:
                 on_update(self._steps, scalars)
@@ -125,25 +118,14 @@ class PolicyGradientAgent(LogitAgent):
         bonus = self.config["entropy"] * bernoulli_entropy(logits).mean()
         self.optimizer.zero_grad()
         (-(objective + bonus)).backward()
-        nn.utils.clip_grad_norm_(self.policy.parameters(), 0.5)
+        nn.utils.clip_grad_norm_(self.network.parameters(), 0.5)
         self.optimizer.step()
 
     @torch.inference_mode()
     def logits(self, observation: Observation) -> Tensor:
         """Logit of each gate (rows, G)."""
-        rows: Tensor = self.policy(torch.cat([torch.as_tensor(observation[name]) for name in self._names], dim=1))
+        rows: Tensor = self.network(torch.cat([torch.as_tensor(observation[name]) for name in self._names], dim=1))
         return rows
-
-    def state(self) -> dict[str, Tensor]:
-        """Policy, optimiser and step count."""
-        tensors = {f"policy.{name}": value for name, value in self.policy.state_dict().items()}
-        return tensors | storage.optimizer_tensors(self.optimizer) | {"steps": torch.tensor(self._steps)}
-
-    def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """Take over policy, optimiser and step count."""
-        self.policy.load_state_dict({k[7:]: v for k, v in tensors.items() if k.startswith("policy.")})
-        storage.load_optimizer_tensors(self.optimizer, tensors)
-        self._steps = int(tensors["steps"])
 
 
 def bernoulli_log_prob(logits: Tensor, gates: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ class RLOOAgent(PolicyGradientAgent):
 
     def update(self, batch: Batch) -> tuple[int, dict[str, float]]:
         """One gradient step."""
-        logits = self.policy(batch.observed)
+        logits = self.network(batch.observed)
         gates = batch.draw(logits, self.config["masks"])
         rewards = batch.rewards(gates)
         score = bernoulli_log_prob(logits[:, None], gates).sum(-1)  # (rows, masks)

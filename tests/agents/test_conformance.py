@@ -102,6 +102,22 @@ def test_save_and_load(name: str, planted: Any, planted_vec_env: Any, tmp_path: 
     assert fresh.steps in (agent.steps, agent.steps + 32)
 
 
+@pytest.mark.parametrize("name", [name for name in LEARNERS if name != "ppo"])
+def test_resumed_run_is_the_uninterrupted_one(name: str, planted: Any, planted_env: Any, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"batch_size": 32, "temperature": 0.7, "final_temperature": 0.7}
+    if name in POLICY_GRADIENT:
+        settings = {"batch_size": 4, "masks": 4}
+    whole, half, rest = (make_agent(name, planted_env(planted(0, users=5)), 0, **settings) for _ in range(3))
+    whole.learn(256)
+    half.learn(128)
+    half.save(tmp_path)
+    rest.load(tmp_path)
+    rest.learn(128)
+    assert rest.steps == whole.steps == 256
+    for key, value in whole.state().items():
+        torch.testing.assert_close(rest.state()[key], value, rtol=0, atol=0)
+
+
 @every_agent
 def test_another_agents_files(name: str, planted: Any, planted_vec_env: Any, tmp_path: Path) -> None:
     env = planted_vec_env(planted(0, users=4), 4)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -41,19 +40,6 @@ def test_global_generator_is_left_alone(planted: Any, planted_env: Any) -> None:
     before = torch.get_rng_state()
     agent.learn(256)
     assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_resumed_run_is_the_uninterrupted_one(planted: Any, planted_env: Any, tmp_path: Path) -> None:
-    settings: dict[str, Any] = {"temperature": 0.7, "final_temperature": 0.7, "batch_size": 32}
-    whole, half, rest = (make_agent("gumbel", planted_env(planted(0, users=5)), 0, **settings) for _ in range(3))
-    whole.learn(256)
-    half.learn(128)
-    half.save(tmp_path)
-    rest.load(tmp_path)
-    rest.learn(128)
-    assert rest.steps == whole.steps == 256
-    for name, value in whole.state().items():
-        torch.testing.assert_close(rest.state()[name], value, rtol=0, atol=0)
 
 
 def test_loss_that_is_not_finite(planted: Any, planted_env: Any) -> None:
