@@ -12,7 +12,7 @@ some timestep stays so.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -159,6 +159,22 @@ class Backbone:
             return self._active(output, index)
 
         return hook
+
+
+class ReachedError(Exception):
+    """Raised by a hook or a stub to leave a forward: what comes after it is not needed."""
+
+
+@contextmanager
+def standing_in(modules: Sequence[nn.Module], forwards: Sequence[Callable[..., Any]]) -> Iterator[None]:
+    """Call ``forwards`` in the place of the modules' own; their hooks are called as ever."""
+    for module, forward in zip(modules, forwards, strict=True):
+        module.forward = forward
+    try:
+        yield
+    finally:
+        for module in modules:
+            del module.forward
 
 
 def resolve_source(source: str | Path) -> str:

@@ -9,12 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dsa_gym.backbone import ReachedError, standing_in
 from dsa_gym.domains import Examples, take
 from dsa_gym.model import AdaptedModel
-
-
-class _ReachedError(Exception):
-    """The first site was reached: what comes after it depends on the mask."""
 
 
 class FrozenStates:
@@ -65,12 +62,11 @@ class FrozenStates:
             rows = (inputs[None] == missing[:, None]).int().argmax(1)  # where each is first
             self._remember(missing, inputs, self._compute(take(examples, rows)))
         known = self._slot[inputs]
-        with self._instead(
-            [
-                _constant(states.index_select(0, known.to(states.device)).view(-1, *shape[1:]), tail)
-                for states, shape, tail in zip(self._states, self._shapes, self._tails, strict=True)
-            ]
-        ):
+        stubs = [
+            _constant(states.index_select(0, known.to(states.device)).view(-1, *shape[1:]), tail)
+            for states, shape, tail in zip(self._states, self._shapes, self._tails, strict=True)
+        ]
+        with standing_in(self._modules, stubs):
             return self.model.losses(examples, phi, mask, users=users)
 
     def _look(self, example: Examples) -> None:
@@ -98,9 +94,9 @@ class FrozenStates:
         def note(index: int, output: Any) -> None:
             seen[index] = output[0] if isinstance(output, tuple) else output
             if len(seen) == len(self._modules):
-                raise _ReachedError
+                raise ReachedError
 
-        with self._hooks(note), self.model.backbone.adapted(None) as model, suppress(_ReachedError):
+        with self._hooks(note), self.model.backbone.adapted(None) as model, suppress(ReachedError):
             self.model.domain.losses(model, examples)
         return [seen[i].reshape(-1, states.shape[1]) for i, states in enumerate(self._states)]
 
@@ -130,17 +126,6 @@ class FrozenStates:
         finally:
             for handle in handles:
                 handle.remove()
-
-    @contextmanager
-    def _instead(self, stubs: list[Callable[..., Any]]) -> Iterator[None]:
-        """Call the stubs in the place of the modules."""
-        for module, stub in zip(self._modules, stubs, strict=True):
-            module.forward = stub
-        try:
-            yield
-        finally:
-            for module in self._modules:
-                del module.forward
 
 
 def _is_single(output: Any) -> bool:

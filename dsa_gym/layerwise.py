@@ -6,8 +6,8 @@ known of the architecture but the list of its blocks, and that each takes the st
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dsa_gym.backbone import ReachedError, standing_in
 from dsa_gym.domains import Examples, take
 from dsa_gym.model import AdaptedModel
 from dsa_gym.pathways import ActiveAdapters
@@ -39,10 +40,6 @@ class Passage:
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
     states: Tensor = field(default_factory=lambda: torch.empty(0))
     block: int = 0
-
-
-class _ReachedError(Exception):
-    """The last block was reached: what comes after it is not needed yet."""
 
 
 class LayerwiseModel:
@@ -73,10 +70,10 @@ class LayerwiseModel:
                 passage.states = states
             passage.calls.append(call)
             if index == self.count - 1:
-                raise _ReachedError
+                raise ReachedError
             return self._returned(states)
 
-        with self._instead(note), self.model.backbone.adapted(None) as model, suppress(_ReachedError):
+        with self._instead(note), self.model.backbone.adapted(None) as model, suppress(ReachedError):
             self.model.domain.losses(model, examples)
         return passage
 
@@ -127,16 +124,9 @@ class LayerwiseModel:
     def _returned(self, states: Tensor) -> Any:
         return (states,) if self._returns_tuple else states
 
-    @contextmanager
-    def _instead(self, stub: Callable[..., Any]) -> Iterator[None]:
+    def _instead(self, stub: Callable[..., Any]) -> AbstractContextManager[None]:
         """Call ``stub(index, ...)`` in the place of the blocks."""
-        for index, block in enumerate(self._blocks):
-            block.forward = partial(stub, index)
-        try:
-            yield
-        finally:
-            for block in self._blocks:
-                del block.forward
+        return standing_in(self._blocks, [partial(stub, index) for index in range(self.count)])
 
 
 def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple[tuple[Any, ...], dict[str, Any]]]:

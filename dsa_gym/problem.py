@@ -146,7 +146,7 @@ class GatingProblem:
     def _compiled(self) -> Any:
         model = self.model
 
-        def losses(examples: Examples, phi: Tensor, mask: Tensor, users: Tensor | None) -> Tensor:
+        def losses(examples: Examples, phi: Tensor, mask: Tensor | None, users: Tensor | None) -> Tensor:
             return model.losses(examples, phi, mask, users=users)
 
         return torch.compile(losses)
@@ -223,26 +223,28 @@ class GatingProblem:
                 rows, users = self.rows[index], self.user[index]
                 examples = to_device(take(self.bundle.examples, rows), self.device)
                 if gates is None:
-                    losses = self._loss(examples, None, None, None)
+                    losses = self._loss(index, examples, None, None, None)
                 else:
                     if bool((users == users[0]).all()):
                         users = users[:1]
                     bits = torch.from_numpy(gates[start : start + batch_size]).to(self.device, torch.float32)
                     phi, own = self.parameters(users)
-                    mask = self.space.expand(bits)
-                    if self.compile and self.reward_metric is None:
-                        losses = self._compiled(examples, phi, mask, own)
-                    elif self.state_bytes and self.reward_metric is None:
-                        losses = self._states.losses(index, examples, phi, mask, own)
-                    else:
-                        losses = self._loss(examples, phi, mask, own)
+                    losses = self._loss(index, examples, phi, self.space.expand(bits), own)
                 pieces.append(losses.float().cpu())
         return torch.cat(pieces).numpy()
 
-    def _loss(self, examples: Examples, phi: Tensor | None, mask: Tensor | None, users: Tensor | None) -> Tensor:
-        if self.reward_metric is None:
-            return self.model.losses(examples, phi, mask, users=users)
-        return -self.model.metric(self.reward_metric, examples, phi, mask, users)
+    def _loss(
+        self, inputs: Tensor, examples: Examples, phi: Tensor | None, mask: Tensor | None, users: Tensor | None
+    ) -> Tensor:
+        """Losses of inputs, with the means that were asked for."""
+        if self.reward_metric is not None:
+            return -self.model.metric(self.reward_metric, examples, phi, mask, users)
+        if phi is not None and self.compile:
+            losses: Tensor = self._compiled(examples, phi, mask, users)
+            return losses
+        if phi is not None and self.state_bytes:
+            return self._states.losses(inputs, examples, phi, mask, users)
+        return self.model.losses(examples, phi, mask, users=users)
 
     def outcome(self, index: int, gates: Bits) -> dict[str, Any]:
         """What the adapted model makes of one input under gates (G,), as parts to look at."""
