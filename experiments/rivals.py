@@ -91,8 +91,10 @@ def rivals(
     with tempfile.TemporaryDirectory() as folder:
         make_bundle(Path(folder) / "upper", users=200, numbers=6000, first_layer=2, seed=seed)
         batches, difference = {}, {}
-        for position, count in enumerate(num_envs):
-            batches[count], difference[count] = _batch(count, repetitions, seed, str(Path(folder) / "upper"), position)
+        for count in num_envs:
+            batches[count], difference[count] = _batch(
+                count, repetitions, seed, str(Path(folder) / "upper"), everything=count == num_envs[0]
+            )
     return {
         "batches": batches,
         "difference": difference,
@@ -110,9 +112,9 @@ def rivals(
 
 
 def _batch(
-    count: int, repetitions: int, seed: int, upper_half: str, position: int
+    count: int, repetitions: int, seed: int, upper_half: str, *, everything: bool
 ) -> tuple[dict[str, Any], dict[str, float]]:
-    """Everything at one size of the batch, interleaved."""
+    """One size of the batch, interleaved; without ``everything`` not what takes minutes or much memory."""
     envs: Any = gym.make_vec("DSA-Text-v0", num_envs=count, cache_bytes=0)
     inputs, gates = different_users(envs, seed)
     problem = envs.problem
@@ -121,7 +123,7 @@ def _batch(
         "nothing_kept": gym.make_vec("DSA-Text-v0", num_envs=count, cache_bytes=0, state_bytes=0),
         "upper_half": gym.make_vec("DSA-Text-v0", num_envs=count, cache_bytes=0, bundle=upper_half),
     }
-    if position == 0:
+    if everything:
         variants["bfloat16"] = gym.make_vec("DSA-Text-v0", num_envs=count, cache_bytes=0, dtype="bfloat16")
     for variant in variants.values():
         different_users(variant, seed)
@@ -141,11 +143,11 @@ def _batch(
         "hugging_face_kept": lambda: _loss(model, domain.prefix_tokens, examples),
         "layerwise": lambda: [layered.step(actions) for actions in per_layer],
     }
-    if position == 0:
+    if everything:
         dummy = DummyVecEnv([lambda: gym.make("DSA-Text-v0", cache_bytes=0)] * count)
         dummy.reset()
         functions["dummy"] = lambda: dummy.step(gates)
-    arguments = (problem.bundle.manifest["backbone"]["source"], domain.prefix_tokens, examples, position == 0)
+    arguments = (problem.bundle.manifest["backbone"]["source"], domain.prefix_tokens, examples, everything)
     with _rivals_process(arguments) as theirs, torch.inference_mode():
         timed = interleaved(functions, repetitions, theirs)
     losses = problem.compute_losses(inputs, gates)
