@@ -29,9 +29,8 @@ from dsa_gym import pathways, storage
 from dsa_gym.backbone import resolve_source
 from dsa_gym.domains import Examples, take
 from dsa_gym.envs import make_sb3_vec_env
-from dsa_gym.experiments.bench import different_users, interleaved, machine, quartiles
+from dsa_gym.experiments.bench import different_users, interleaved, machine, quartiles, visit_all
 from dsa_gym.experiments.made_bundle import make_bundle
-from dsa_gym.problem import GatingProblem
 
 TABLE_ENVS = 4096
 """Environments of a batch of look-ups."""
@@ -127,7 +126,7 @@ def _batch(
         variants["bfloat16"] = gym.make_vec("DSA-Text-v0", num_envs=count, cache_bytes=0, dtype="bfloat16")
     for variant in variants.values():
         different_users(variant, seed)
-    _visit_all(
+    visit_all(
         problem, *(variant.problem for name, variant in variants.items() if name not in ("nothing_kept", "compiled"))
     )
     layered: Any = gym.make_vec("DSA-TextLayerwise-v0", num_envs=count)
@@ -162,13 +161,6 @@ def _batch(
         "share": {name: quartiles(np.asarray(values) / step) for name, values in timed.items() if name != "step"},
     }
     return result, difference
-
-
-def _visit_all(*problems: GatingProblem) -> None:
-    """See every input once, as a training has after its first minutes."""
-    for problem in problems:
-        inputs = np.arange(len(problem))
-        problem.compute_losses(inputs, np.zeros((len(inputs), problem.gates), np.uint8))
 
 
 def _hugging_face(source: str) -> Any:
@@ -268,7 +260,7 @@ def _profile(count: int, seed: int) -> dict[str, float]:
     """Shares of a step: ``matrix_products``, ``attention``, ``adapters``, ``other_kernels``, ``python``."""
     envs: Any = gym.make_vec("DSA-Text-v0", num_envs=count, cache_bytes=0)
     _, gates = different_users(envs, seed)
-    _visit_all(envs.problem)
+    visit_all(envs.problem)
     call = pathways.ActiveAdapters.__call__
 
     def marked(self: pathways.ActiveAdapters, hidden: Tensor, site: int) -> Tensor:
@@ -331,7 +323,7 @@ def _per_environment(count: int, seed: int) -> float:
     """Milliseconds per environment of a step of a batch, the median of five."""
     envs: Any = gym.make_vec("DSA-Text-v0", num_envs=count, cache_bytes=0)
     _, gates = different_users(envs, seed)
-    _visit_all(envs.problem)
+    visit_all(envs.problem)
     times = interleaved({"step": lambda: envs.step(gates)}, 5)["step"]
     return float(np.median(times)) / count
 
