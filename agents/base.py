@@ -23,6 +23,35 @@ OnUpdate = Callable[[int, dict[str, float]], None]
 """``on_update(steps, scalars)``: called after updates with the steps so far and what was measured."""
 
 
+def _binary(space: spaces.Space[Any]) -> int:
+    fits = isinstance(space, spaces.MultiBinary) and isinstance(space.n, int | np.integer)
+    return int(cast(Any, space).n) if fits else 0
+
+
+def _relaxed(space: spaces.Space[Any]) -> int:
+    fits = isinstance(space, spaces.Box) and len(space.shape) == 1 and (space.low == -1).all()
+    return int(cast(Any, space).shape[0]) if fits and (cast(Any, space).high == 1).all() else 0
+
+
+def _discrete(space: spaces.Space[Any]) -> int:
+    count = int(space.n) if isinstance(space, spaces.Discrete) and space.start == 0 else 0
+    return count.bit_length() - 1 if count > 1 and count & (count - 1) == 0 else 0
+
+
+ACTIONS: dict[str, Callable[[spaces.Space[Any]], int]] = {
+    "binary": _binary,
+    "relaxed": _relaxed,
+    "discrete": _discrete,
+}
+"""Kind of action space to a function that gives its number of gates G, 0 if the space is of another kind."""
+
+DESCRIPTIONS = {
+    "binary": "MultiBinary(G)",
+    "relaxed": "Box(-1, 1, (G,)), of which a gate is on above 0",
+    "discrete": "Discrete(2^G), gate i being bit i",
+}
+
+
 class Scorer(Protocol):
     """What an environment offers as its attribute ``problem`` to agents that need more than Gymnasium."""
 
@@ -75,6 +104,7 @@ class Agent(ABC):
 
     Attributes:
         name: Its name in the registry.
+        acts_on: Kind of action space, a key of :data:`ACTIONS`.
         env: The environment it was made for.
         gates: Number of gates G.
         seed: The seed it was made with.
@@ -82,6 +112,7 @@ class Agent(ABC):
     """
 
     name: ClassVar[str]
+    acts_on: ClassVar[str] = "binary"
     minimum: ClassVar[dict[str, float]] = {}
     """Least value of each numeric setting that has one."""
 
@@ -92,8 +123,13 @@ class Agent(ABC):
             ValueError: If a space or a setting does not fit.
         """
         action, observation = env.action_space, env.observation_space
-        if not isinstance(action, spaces.MultiBinary) or not isinstance(action.n, int | np.integer):
-            raise ValueError(f"env: {self.name!r} acts on MultiBinary(G), got {action}")
+        gates = ACTIONS[self.acts_on](action)
+        if not gates:
+            fitting = [kind for kind, count in ACTIONS.items() if count(action)]
+            raise ValueError(
+                f"env: {self.name!r} acts on {DESCRIPTIONS[self.acts_on]}, got {action}; see dsa_gym.envs.wrappers"
+                + (f", or take an agent of {fitting[0]} actions" if fitting else "")
+            )
         if not isinstance(observation, spaces.Dict) or not {"user", "context"} <= set(observation.spaces):
             raise ValueError(f"env: {self.name!r} observes a Dict of user and context, got {observation}")
         if not all(isinstance(box, spaces.Box) and len(box.shape) == 1 for box in observation.spaces.values()):
@@ -106,7 +142,7 @@ class Agent(ABC):
             raise ValueError(
                 f"{self.name}: unknown setting {unknown[0]!r}; expected one of {', '.join(sorted(defaults)) or 'none'}"
             )
-        self.env, self.seed, self.gates = env, int(seed), int(action.n)
+        self.env, self.seed, self.gates = env, int(seed), gates
         self.config: dict[str, Any] = {**defaults, **config}
         for name, value in config.items():
             self._check_setting(name, value, defaults[name])
@@ -276,7 +312,18 @@ class NetworkAgent(LogitAgent):
         self._steps = int(tensors["steps"])
 
 
-def zoo_defaults(name: str) -> dict[str, Any]:
-    """Tuned settings of an agent, from ``agents/zoo/NAME.yaml``; empty if it has none."""
+def zoo(name: str) -> dict[str, Any]:
+    """What ``agents/zoo/NAME.yaml`` says of an agent.
+
+    Returns:
+        ``settings`` for every environment, ``environments`` (id to what differs there), ``search`` (setting to its
+        range, for ``dsa-gym tune``) and ``studies`` (id to what the settings come from); those that it has.
+    """
     path = Path(__file__).parent / "zoo" / f"{name}.yaml"
     return dict(yaml.safe_load(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+
+
+def zoo_defaults(name: str, env_id: str | None = None) -> dict[str, Any]:
+    """Tuned settings of an agent, those of an environment where it has its own; empty if the agent has none."""
+    entry = zoo(name)
+    return {**entry.get("settings", {}), **entry.get("environments", {}).get(env_id, {})}

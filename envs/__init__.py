@@ -7,6 +7,7 @@ stable-baselines3 ``VecEnv``.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import gymnasium as gym
@@ -66,12 +67,15 @@ def register() -> None:
             )
 
 
-def make_sb3_vec_env(env_id: str, num_envs: int, **kwargs: Any) -> GymnasiumVecEnv:
+def make_sb3_vec_env(
+    env_id: str, num_envs: int, *, wrapper: Callable[[Any], Any] | None = None, **kwargs: Any
+) -> GymnasiumVecEnv:
     """Make a natively batched stable-baselines3 ``VecEnv``.
 
     Args:
         env_id: A registered id.
         num_envs: Environments in the batch.
+        wrapper: Put around the batch, such as :class:`dsa_gym.envs.wrappers.VectorRelaxedMask`.
         **kwargs: Arguments of the environment.
 
     Raises:
@@ -79,4 +83,5 @@ def make_sb3_vec_env(env_id: str, num_envs: int, **kwargs: Any) -> GymnasiumVecE
     """
     from dsa_gym.envs.sb3 import GymnasiumVecEnv
 
-    return GymnasiumVecEnv(gym.make_vec(env_id, num_envs=num_envs, **kwargs))
+    envs: Any = gym.make_vec(env_id, num_envs=num_envs, **kwargs)
+    return GymnasiumVecEnv(envs if wrapper is None else wrapper(envs))

@@ -65,7 +65,10 @@ class GymnasiumVecEnv(VecEnv):
 
     def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
         """The batch's attribute, once per environment asked for."""
-        return [getattr(self.envs, attr_name) for _ in self._get_indices(indices)]
+        holder: Any = self.envs
+        while not hasattr(holder, attr_name) and hasattr(holder, "env"):  # Gymnasium's vector wrappers forward nothing
+            holder = holder.env
+        return [getattr(holder, attr_name) for _ in self._get_indices(indices)]
 
     def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
         """Set an attribute of the whole batch.

@@ -18,12 +18,16 @@ from tqdm import tqdm
 
 from dsa_gym import storage
 from dsa_gym.agents import agent_class, make_agent
-from dsa_gym.agents.base import Agent
+from dsa_gym.agents.base import Agent, zoo_defaults
 from dsa_gym.envs import ENVIRONMENTS, PROBLEMS, make_sb3_vec_env
+from dsa_gym.envs.wrappers import VectorDiscreteMask, VectorRelaxedMask
 from dsa_gym.experiments.tensorboard import PolicyLog
 from dsa_gym.ladder import normalised_score
 from dsa_gym.problem import GatingProblem
 from dsa_gym.search import best_static
+
+WRAPPERS: dict[str, Any] = {"binary": None, "relaxed": VectorRelaxedMask, "discrete": VectorDiscreteMask}
+"""What gives agents the actions that they act on."""
 
 
 def check_env(env_id: str) -> None:
@@ -101,10 +105,12 @@ class TrainConfig:
 
     def make_agent(self, split: str = "train") -> Agent:
         """The untrained agent with its environments."""
-        env = make_sb3_vec_env(self.env, self.num_envs, split=split, **self.env_arguments)
+        wrapper = WRAPPERS[agent_class(self.agent).acts_on]
+        env = make_sb3_vec_env(self.env, self.num_envs, wrapper=wrapper, split=split, **self.env_arguments)
         env.seed(self.seed)
         env.reset()
-        return make_agent(self.agent, env, self.seed, **(self.settings or {}))
+        tuned = zoo_defaults(self.agent, self.env.replace("Table", ""))  # the same problem, looked up
+        return make_agent(self.agent, env, self.seed, **{**tuned, **(self.settings or {})})
 
 
 class Monitor:
