@@ -94,6 +94,15 @@ class Scorer(Protocol):
         """Losses in nats (rows,), differentiable with respect to gates (rows, G) in [0, 1]."""
         ...
 
+    @property
+    def gate_features(self) -> NDArray[np.float32]:
+        """What is known of each gate (G, F); F is the same for every granularity."""
+        ...
+
+    def gate_magnitudes(self) -> NDArray[np.float32]:
+        """Root mean square of the shared parameters that each gate switches, (G,)."""
+        ...
+
     def support(self) -> Any:
         """The scorer over the support inputs of the same users."""
         ...

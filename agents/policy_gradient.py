@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dsa_gym.agents.base import NetworkAgent, Observation, OnUpdate
+from dsa_gym.agents.gate_policy import make_policy
 
 
 @dataclass
@@ -64,16 +64,12 @@ class PolicyGradientAgent(NetworkAgent):
         """Build the policy and its optimiser."""
         super().__init__(env, seed, **config)
         self._names = sorted(env.observation_space.spaces)
-        sizes = [sum(env.observation_space[name].shape[0] for name in self._names), *self.config["hidden"]]
+        observed = sum(env.observation_space[name].shape[0] for name in self._names)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
-            layers: list[nn.Module] = []
-            for before, after in pairwise(sizes):
-                layers += [nn.Linear(before, after), nn.Tanh()]
-            last = nn.Linear(sizes[-1], self.gates)
-            nn.init.orthogonal_(last.weight, 0.01)  # every gate starts at one half
-            nn.init.zeros_(last.bias)
-            self.network = nn.Sequential(*layers, last)
+            self.network = make_policy(
+                self.config["policy"], observed, self.gates, self.config["hidden"], lambda: self.scorer.gate_features
+            )
         self.optimizer = torch.optim.AdamW(
             self.network.parameters(),
             lr=self.config["learning_rate"],

@@ -13,8 +13,12 @@ Granularities refine one another, over the same parameters:
 
 from __future__ import annotations
 
+import math
+from functools import cached_property
+
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 from dsa_gym.pathways import AdapterShape
 
@@ -71,6 +75,45 @@ class MaskSpace:
         """Exact ``||m||_0`` of binary gates (rows, G) as int64 (rows,)."""
         return (gates.to(torch.int64) * self.sizes).sum(-1)
 
+    @cached_property
+    def features(self) -> Tensor:
+        """What the geometry says of each gate, float32 (G, F), with F the same for all granularities.
+
+        Of a component: sinusoids of its layer's relative depth and of its relative place in its pathway, one-hot codes
+        of the kind of its site and of its pathway. A gate has the mean over its components, and the logarithm of the
+        share of all parameters that it switches.
+        """
+        shape = self.shape
+        sites, each = len(shape.sites), shape.rank // shape.pathways
+        order = {layer: i for i, layer in enumerate(shape.layers)}
+        depth = torch.tensor([order[site.layer] for site in shape.sites]) / max(1, len(order) - 1)
+        kinds = torch.tensor([site.kind == "attention" for site in shape.sites]).long()
+        place = torch.arange(shape.rank) % each / max(1, each - 1)
+        of_site = torch.cat([_sinusoids(depth), one_hot(kinds, 2)], dim=1)
+        of_rank = torch.cat([_sinusoids(place), one_hot(torch.arange(shape.rank) // each, shape.pathways)], dim=1)
+        described = torch.cat(
+            [
+                of_site[:, None].expand(-1, shape.rank, -1),
+                of_rank[None].expand(sites, -1, -1),
+            ],
+            dim=2,
+        ).flatten(0, 1)  # (sites * rank, F - 1)
+        if self.elementwise:
+            mean = described[shape.component_of()]
+        else:
+            index = self._index.flatten().cpu()
+            total = torch.zeros(self.gates, described.shape[1]).index_add_(0, index, described)
+            mean = total / index.bincount(minlength=self.gates)[:, None]
+        share = self.sizes.cpu().float() / shape.size
+        return torch.cat([mean, share.log()[:, None] / math.log(shape.size)], dim=1)
+
+    def gate_means(self, values: Tensor) -> Tensor:
+        """Mean over the parameters of each gate, (G,), of values (P,)."""
+        if self.elementwise:
+            return values
+        index = self._index.flatten().cpu()[self.shape.component_of()]
+        return torch.zeros(self.gates, dtype=values.dtype).index_add_(0, index, values) / self.sizes.cpu()
+
     def refine(self, gates: Tensor, finer: MaskSpace) -> Tensor:
         """Express gates (rows, G) of this granularity in a finer one, (rows, finer.G).
 
@@ -111,3 +154,9 @@ def _first_position(index: Tensor, count: int) -> Tensor:
     positions = torch.arange(len(index), device=index.device)
     empty = torch.full((count,), len(index), device=index.device)
     return empty.scatter_reduce(0, index, positions, "amin")
+
+
+def _sinusoids(position: Tensor) -> Tensor:
+    """Sines and cosines of positions in [0, 1] (n,), half a turn, one and two, (n, 6)."""
+    angle = math.pi * position[:, None] * torch.tensor([1.0, 2.0, 4.0])
+    return torch.cat([angle.sin(), angle.cos()], dim=1)

@@ -16,8 +16,9 @@ static mask is enough; with rho = 1 everything on is as bad as nothing on.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -218,10 +219,55 @@ class PlantedProblem:
         gates[rows, channels * size + need[rows, channels]] = 1
         return gates
 
+    def best_masks(self, group: NDArray[np.int64]) -> Bits:
+        """The mask with the best mean reward over the inputs of each group, exactly.
+
+        Of k gates that are on in a channel, the best are those that most inputs of the group need. With f_j the share
+        that needs gate j, they earn ``a_c (1 - rho (k - 1) / (s - 1)) sum_j f_j - lambda k``.
+
+        Args:
+            group: Group of each input (n,), from 0 without a gap.
+
+        Returns:
+            Masks (groups, G).
+        """
+        size, (n, channels) = self.config.channel_size, self.need.shape
+        needed = np.zeros((int(group.max()) + 1, channels, size))
+        np.add.at(needed, (np.repeat(group, channels), np.tile(np.arange(channels), n), self.need.ravel()), 1)
+        share = needed / np.bincount(group)[:, None, None]
+        order = np.argsort(-share, axis=2, kind="stable")
+        served = np.take_along_axis(share, order, axis=2).cumsum(2)
+        on = np.arange(1, size + 1)
+        harm = self.config.interference * (on - 1) / max(1, size - 1)
+        gain = self.weight[:, None] * (1 - harm) * served - self.l0_penalty * on
+        count = np.concatenate([np.zeros_like(gain[..., :1]), gain], axis=2).argmax(2)  # (groups, channels)
+        masks = np.zeros(share.shape, np.uint8)
+        np.put_along_axis(masks, order, (on <= count[..., None]).astype(np.uint8), axis=2)
+        return masks.reshape(len(masks), -1)
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """What results depend on beside gates and prices: the instance."""
+        return {"instance": asdict(self.config)}
+
     @property
     def sizes(self) -> NDArray[np.float64]:
         """Parameters that each gate switches, float64 (G,): one."""
         return np.ones(self.gates)
+
+    @property
+    def gate_features(self) -> NDArray[np.float32]:
+        """Random codes of each gate's channel and of its place there, (G, F): of channel c the same for every G."""
+        size = self.config.channel_size
+        of_channel, of_place = (
+            np.random.default_rng(part).standard_normal((count, OBSERVED), np.float32)
+            for part, count in enumerate((self.gates // size, size))
+        )
+        return np.hstack([of_channel.repeat(size, axis=0), np.tile(of_place, (self.gates // size, 1))])
+
+    def gate_magnitudes(self) -> NDArray[np.float32]:
+        """Magnitude of each gate's one parameter, (G,): all alike, it tells nothing of what the gate is worth."""
+        return np.ones(self.gates, np.float32)
 
     def best_rewards(self, inputs: NDArray[np.int64]) -> NDArray[np.float64]:
         """Reward of the best mask of each input (rows,)."""

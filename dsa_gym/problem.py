@@ -272,6 +272,15 @@ class GatingProblem:
         return losses.to(gates.device)
 
     @property
+    def gate_features(self) -> NDArray[np.float32]:
+        """What is known of each gate (G, F), see :attr:`dsa_gym.masks.MaskSpace.features`."""
+        return self.space.features.numpy()
+
+    def gate_magnitudes(self) -> NDArray[np.float32]:
+        """Root mean square of the library's parameters that each gate switches, (G,)."""
+        return self.space.gate_means(self.bundle.phi_meta.square()).sqrt().numpy()
+
+    @property
     def hit_rate(self) -> float:
         """Share of the requests that the cache could answer; 0 before the first."""
         return self.hits / max(1, self.requests)
@@ -295,6 +304,11 @@ class GatingProblem:
         self._cache.update(zip(keys, losses, strict=True))
         for _ in range(max(0, len(self._cache) - self.cache_bytes // entry)):
             self._cache.popitem(last=False)
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """What results depend on beside gates and prices: the bundle's files, and the data that they were made from."""
+        return {"files": self.bundle.manifest["files"], "data": self.bundle.manifest["data"]}
 
     @property
     def unit(self) -> str:
