@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -33,6 +34,7 @@ __all__ = [
     "checksums",
     "is_temporary",
     "load_optimizer_tensors",
+    "locked",
     "optimizer_tensors",
     "read_array",
     "read_json",
@@ -82,6 +84,28 @@ def atomic_path(path: Path) -> Iterator[Path]:
     finally:
         # After the rename there is nothing left to remove.
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other processes out of a folder (those that ask) while the block runs; the folder is made if it is missing.
+
+    The operating system gives the lock back when the process ends, however it ends.
+
+    Raises:
+        ValueError: another process has it.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise ValueError(f"{folder}: another process is at work there; let it end or give another folder") from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def is_temporary(name: str) -> bool:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -216,3 +218,24 @@ def test_versions_leave_out_what_is_absent(monkeypatch: pytest.MonkeyPatch) -> N
     assert {"torch", "numpy", "gymnasium"} <= found.keys()
     monkeypatch.setattr(storage, "_PACKAGES", ("torch", "no-such-package"))
     assert storage.versions().keys() == {"python", "torch"}
+
+
+def test_a_locked_folder_is_refused_to_others_until_its_holder_ends(tmp_path: Path) -> None:
+    code = (
+        "import sys, pathlib; from dsa_gym import storage\n"
+        "with storage.locked(pathlib.Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
+    )
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path / "new")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    with holder:
+        assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+        with pytest.raises(ValueError, match="another process is at work there"), storage.locked(tmp_path / "new"):
+            pass
+        holder.kill()
+    with storage.locked(tmp_path / "new"):
+        pass
+    with pytest.raises(KeyError), storage.locked(tmp_path / "new"):
+        raise KeyError
+    with storage.locked(tmp_path / "new"):
+        pass
