@@ -18,7 +18,9 @@ from numpy.typing import NDArray
 
 from dsa_gym import search
 from dsa_gym.model import all_gates
-from dsa_gym.problem import Bits, GatingProblem
+from dsa_gym.planted import PlantedProblem
+from dsa_gym.problem import Bits
+from dsa_gym.search import Problem
 
 Rewards = NDArray[np.float64]
 
@@ -31,7 +33,7 @@ class Ladder:
         users: User of each input (n,).
         rewards: Rung name to rewards: (n,), or (seeds, n) for a rung with several seeds.
         masks: Rung name to gates (n, G), the same names but for ``oracle_crossfit``.
-        oracle_kind: ``"exhaustive"`` or ``"greedy lower bound"``.
+        oracle_kind: How the oracle was searched, see :func:`dsa_gym.search.kind`.
     """
 
     users: NDArray[np.int64]
@@ -40,7 +42,7 @@ class Ladder:
     oracle_kind: str
 
 
-def build_ladder(problem: GatingProblem, train: GatingProblem, *, density: float, seed: int = 0) -> Ladder:
+def build_ladder(problem: Problem, train: Problem, *, density: float, seed: int = 0) -> Ladder:
     """Score the rungs that need no agent.
 
     Args:
@@ -66,17 +68,16 @@ def build_ladder(problem: GatingProblem, train: GatingProblem, *, density: float
     crossfit = crossfitted_oracle(problem)
     if crossfit is not None:
         rewards["oracle_crossfit"] = crossfit
-    kind = "exhaustive" if search.exhaustive(problem) else "greedy lower bound"
-    return Ladder(problem.user.numpy(), rewards, masks, kind)
+    return Ladder(problem.user.numpy(), rewards, masks, search.kind(problem))
 
 
-def crossfitted_oracle(problem: GatingProblem) -> Rewards | None:
+def crossfitted_oracle(problem: Problem) -> Rewards | None:
     """Oracle whose mask is chosen on half of an input's scored elements and scored on the other half, (n,).
 
     The plain oracle's gain is mostly label noise; this one is free of it, at the price of choosing on half the
     labels. None where the bundle has not measured the halves of this split at this granularity.
     """
-    if problem.table is None or problem.even_table is None:
+    if isinstance(problem, PlantedProblem) or problem.table is None or problem.even_table is None:
         return None
     even = np.asarray(problem.even_table, dtype=np.float64)
     odd = np.asarray(problem.table, dtype=np.float64) - even
@@ -165,7 +166,7 @@ def normalised_score(agent: Any, static: Any, reference: Any) -> Any:
     return (agent - static) / np.maximum(reference - static, 1e-6)
 
 
-def shuffled(problem: GatingProblem, masks: Bits, *, over: str, repeats: int = 8, seed: int = 0) -> Rewards:
+def shuffled(problem: Problem, masks: Bits, *, over: str, repeats: int = 8, seed: int = 0) -> Rewards:
     """Control: the same masks given to other inputs, mean rewards (n,).
 
     Args:

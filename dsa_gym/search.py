@@ -1,6 +1,7 @@
 """Searches over masks: the best static mask, the best per user, and the oracle per input.
 
-Exhaustive where 2^G masks can be scored, otherwise greedy coordinate ascent, a lower bound that is labelled as one.
+Exact where the problem knows (planted ones), exhaustive where 2^G masks can be scored, otherwise greedy coordinate
+ascent, a lower bound that is labelled as one.
 """
 
 from __future__ import annotations
@@ -9,13 +10,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dsa_gym.model import all_gates
+from dsa_gym.planted import PlantedProblem
 from dsa_gym.problem import Bits, GatingProblem
+
+Problem = GatingProblem | PlantedProblem
 
 EXHAUSTIVE_GATES = 8
 """Up to this many gates every mask is scored."""
 
 SEARCHED_GATES = 1024
 """Up to this many gates a greedy search ends in minutes."""
+
+
+def kind(problem: Problem) -> str:
+    """How masks are searched: ``exact``, ``exhaustive`` or ``greedy lower bound``."""
+    if isinstance(problem, PlantedProblem):
+        return "exact"
+    return "exhaustive" if exhaustive(problem) else "greedy lower bound"
 
 
 def exhaustive(problem: GatingProblem) -> bool:
@@ -38,7 +49,7 @@ def _all(problem: GatingProblem) -> Bits:
     return gates
 
 
-def best_static(problem: GatingProblem, *, sample: int = 256, seed: int = 0) -> Bits:
+def best_static(problem: Problem, *, sample: int = 256, seed: int = 0) -> Bits:
     """The mask with the best mean reward over a problem's inputs, (G,).
 
     Args:
@@ -46,6 +57,8 @@ def best_static(problem: GatingProblem, *, sample: int = 256, seed: int = 0) -> 
         sample: Inputs that a greedy search scores.
         seed: Seeds the sample.
     """
+    if isinstance(problem, PlantedProblem):
+        return problem.best_masks(np.zeros(len(problem), np.int64))[0]
     if exhaustive(problem):
         best: Bits = _all(problem)[mask_table(problem).mean(0).argmax()]
         return best
@@ -54,19 +67,24 @@ def best_static(problem: GatingProblem, *, sample: int = 256, seed: int = 0) -> 
     return found
 
 
-def best_per_user(problem: GatingProblem) -> dict[int, Bits]:
+def best_per_user(problem: Problem) -> dict[int, Bits]:
     """For each user the mask with the best mean reward over that user's inputs."""
     users = problem.user.numpy()
     names, group = np.unique(users, return_inverse=True)
-    if exhaustive(problem):
+    if isinstance(problem, PlantedProblem):
+        chosen = problem.best_masks(group)
+    elif exhaustive(problem):
         table, gates = mask_table(problem), _all(problem)
-        return {int(name): gates[table[group == i].mean(0).argmax()] for i, name in enumerate(names)}
-    chosen = greedy(problem, np.arange(len(problem)), group)
+        chosen = np.stack([gates[table[group == i].mean(0).argmax()] for i in range(len(names))])
+    else:
+        chosen = greedy(problem, np.arange(len(problem)), group)
     return {int(name): chosen[i] for i, name in enumerate(names)}
 
 
-def oracle(problem: GatingProblem) -> Bits:
+def oracle(problem: Problem) -> Bits:
     """For each input the mask with the best reward, (n, G)."""
+    if isinstance(problem, PlantedProblem):
+        return problem.optimum(np.arange(len(problem)))
     if exhaustive(problem):
         best: Bits = _all(problem)[mask_table(problem).argmax(1)]
         return best

@@ -11,6 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dsa_gym import search
+from dsa_gym.ladder import build_ladder
 from dsa_gym.observations import LIMIT
 from dsa_gym.planted import PlantedConfig, PlantedProblem
 from dsa_gym.population import SPLITS
@@ -46,6 +48,20 @@ def test_the_optimum_is_the_best_of_all_masks(config: PlantedConfig, split: str,
     best = np.max([problem.rewards(inputs, np.tile(mask, (len(inputs), 1))) for mask in every], axis=0)
     np.testing.assert_allclose(problem.rewards(inputs, problem.optimum(inputs)), best, atol=1e-6)
     np.testing.assert_allclose(problem.best_rewards(inputs), best, atol=1e-6)
+
+
+@given(config=SMALL, penalty=st.floats(0, 1), of_users=st.booleans())
+def test_best_masks_of_groups(config: PlantedConfig, penalty: float, of_users: bool) -> None:
+    """One mask for everybody, and one for each user: nothing is better on the mean."""
+    problem = PlantedProblem(config, l0_penalty=penalty)
+    inputs = np.arange(len(problem))
+    group = problem.user.numpy() if of_users else np.zeros_like(inputs)
+    every = np.array(list(itertools.product((0, 1), repeat=problem.gates)), np.uint8)
+    rewards = [problem.rewards(inputs, np.tile(mask, (len(inputs), 1))) for mask in every]
+    means = np.stack([np.bincount(group, reward) / np.bincount(group) for reward in rewards])  # (2^G, groups)
+    found = problem.best_masks(group)
+    reached = np.bincount(group, problem.rewards(inputs, found[group])) / np.bincount(group)
+    np.testing.assert_allclose(reached, means.max(0), atol=1e-6)
 
 
 @given(config=SMALL, data=st.data())
@@ -144,3 +160,15 @@ def test_bad_arguments() -> None:
         PlantedProblem(PlantedConfig(), l0_penalty=-1)
     with pytest.raises(ValueError, match=r"gates: shape \(2, 7\), expected \(2, 8\)"):
         PlantedProblem(PlantedConfig()).losses(np.arange(2), np.zeros((2, 7), np.uint8))
+
+
+def test_searches_know_the_instance() -> None:
+    """With 512 gates the searches are exact and take no time; the oracle is the optimum."""
+    problem = PlantedProblem(PlantedConfig(users=20, gates=512), "test", l0_penalty=1e-4)
+    assert search.kind(problem) == "exact"
+    ladder = build_ladder(problem, PlantedProblem(problem.config, l0_penalty=1e-4), density=0.25)
+    means = {name: rewards.mean() for name, rewards in ladder.rewards.items()}
+    assert means["static"] < means["user_static"] < means["oracle"]
+    assert means["oracle"] == pytest.approx(problem.best_rewards(np.arange(1))[0], abs=1e-6)
+    assert ladder.oracle_kind == "exact"
+    assert problem.fingerprint["instance"]["gates"] == 512
