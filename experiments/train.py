@@ -12,8 +12,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import gymnasium as gym
-import numpy as np
 from tqdm import tqdm
 
 from dsa_gym import storage
@@ -21,10 +19,9 @@ from dsa_gym.agents import agent_class, make_agent
 from dsa_gym.agents.base import Agent, zoo_defaults
 from dsa_gym.envs import ENVIRONMENTS, PROBLEMS, make_sb3_vec_env
 from dsa_gym.envs.wrappers import VectorDiscreteMask, VectorRelaxedMask
+from dsa_gym.experiments.monitor import Monitor, open_problem
 from dsa_gym.experiments.tensorboard import PolicyLog
-from dsa_gym.ladder import normalised_score
-from dsa_gym.problem import GatingProblem
-from dsa_gym.search import best_static
+from dsa_gym.search import Problem
 
 WRAPPERS: dict[str, Any] = {"binary": None, "relaxed": VectorRelaxedMask, "discrete": VectorDiscreteMask}
 """What gives agents the actions that they act on."""
@@ -90,12 +87,9 @@ class TrainConfig:
         """Name of the run inside the log folder."""
         return f"{self.env}-{self.agent}-seed{self.seed}"
 
-    def problem(self, split: str) -> GatingProblem:
+    def problem(self, split: str) -> Problem:
         """The gating problem of another split of the same bundle, with the same gates and prices."""
-        env = gym.make(self.env, split=split, **self.env_arguments)
-        env.reset(seed=0)
-        problem: GatingProblem = env.get_wrapper_attr("problem")
-        return problem
+        return open_problem(self.env, split, **self.env_arguments)
 
     @property
     def env_arguments(self) -> dict[str, Any]:
@@ -111,45 +105,6 @@ class TrainConfig:
         env.reset()
         tuned = zoo_defaults(self.agent, self.env.replace("Table", ""))  # the same problem, looked up
         return make_agent(self.agent, env, self.seed, **{**tuned, **(self.settings or {})})
-
-
-class Monitor:
-    """Evaluates an agent on seen and on validation users between updates."""
-
-    def __init__(self, config: TrainConfig) -> None:
-        """Open the splits and score the two ends of the normalised score."""
-        static = best_static(config.problem("train"))
-        self.problems = {"seen": config.problem("seen"), "unseen": config.problem("validation")}
-        self._ends = {
-            name: (
-                self._mean(problem, np.tile(static, (len(problem), 1))),
-                self._mean(problem, problem.reference_gates()),
-            )
-            for name, problem in self.problems.items()
-        }
-
-    def __call__(self, agent: Agent) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-        """Scalars and decisions of the agent, by split."""
-        scalars: dict[str, float] = {}
-        decisions: dict[str, np.ndarray] = {}
-        for name, problem in self.problems.items():
-            masks = agent.masks(problem)
-            losses = problem.losses(np.arange(len(problem)), masks)
-            active = problem.active_parameters(masks)
-            reward = self._mean(problem, masks)
-            scalars |= {
-                f"{name}/loss": float(losses.mean()),
-                f"{name}/reward": reward,
-                f"{name}/active_parameters": float(active.mean()),
-                f"{name}/density": float(active.mean()) / problem.bundle.shape.size,
-                f"{name}/normalized_score": float(normalised_score(reward, *self._ends[name])),
-            }
-            decisions[name] = masks
-        return scalars, decisions
-
-    @staticmethod
-    def _mean(problem: GatingProblem, masks: np.ndarray) -> float:
-        return float(problem.rewards(np.arange(len(problem)), masks).mean())
 
 
 def train(config: TrainConfig, logdir: Path) -> Path:
@@ -173,7 +128,7 @@ def train(config: TrainConfig, logdir: Path) -> Path:
         return run
     if (run / "agent.json").is_file():
         agent.load(run)
-    monitor = Monitor(config)
+    monitor = Monitor.of_env(config.env, **config.env_arguments)
     log = PolicyLog(run, monitor.problems["unseen"], start=agent.steps)
     began = time.monotonic()
     bar = tqdm(total=config.steps, initial=agent.steps, desc=config.folder_name, unit="step")

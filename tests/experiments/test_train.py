@@ -19,11 +19,12 @@ from dsa_gym.agents import AGENTS
 from dsa_gym.agents.base import zoo_defaults
 from dsa_gym.bundle import Bundle
 from dsa_gym.experiments.cli import main
-from dsa_gym.experiments.train import Monitor, TrainConfig, load_run, train
+from dsa_gym.experiments.monitor import Monitor
+from dsa_gym.experiments.train import TrainConfig, load_run, train
 from dsa_gym.problem import GatingProblem
 
 Command = Callable[..., list[str]]
-SCORES = ("loss", "reward", "active_parameters", "density", "normalized_score")
+SCORES = ("loss", "penalty", "reward", "active_parameters", "density", "normalized_score", "regret")
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
@@ -78,7 +79,7 @@ def test_scores_are_those_of_the_saved_agent(runs: list[Path]) -> None:
 def test_normalised_score_of_the_monitor(runs: list[Path]) -> None:
     """Static scores 0; an agent that decides as the reference gate does scores 1."""
     config, agent = load_run(runs[0])
-    monitor = Monitor(config)
+    monitor = Monitor.of_env(config.env, **config.env_arguments)
 
     class Reference:
         def masks(self, problem: GatingProblem) -> Any:
@@ -86,7 +87,7 @@ def test_normalised_score_of_the_monitor(runs: list[Path]) -> None:
 
     scalars, decisions = monitor(Reference())  # type: ignore[arg-type]
     for name, problem in monitor.problems.items():
-        static, reference = monitor._ends[name]
+        static, reference = monitor.ends[name]
         if reference > static + 1e-3:
             assert scalars[f"{name}/normalized_score"] == pytest.approx(1.0)
         assert scalars[f"{name}/reward"] == pytest.approx(reference)
