@@ -76,22 +76,32 @@ def from_mapping(kind: type[T], values: Mapping[str, Any], *, where: str = "conf
     return kind(**arguments)
 
 
+def parse_value(text: str) -> tuple[str, Any]:
+    """Read ``NAME=VALUE``, the value as YAML.
+
+    Raises:
+        ValueError: If it is not of that form.
+    """
+    name, separator, value = text.partition("=")
+    if not separator or not name:
+        raise ValueError(f"{text!r}: expected NAME=VALUE")
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{text!r}: the value is not readable as YAML") from error
+    return name, float(parsed) if isinstance(parsed, str) and _is_number(parsed) else parsed
+
+
 def parse_setting(text: str, defaults: Mapping[str, Any]) -> tuple[str, Any]:
     """Read ``NAME=VALUE``, the value as YAML of the type of the default of that name.
 
     Raises:
         ValueError: If it is not of that form, the name is unknown or the value is of another type.
     """
-    name, separator, value = text.partition("=")
-    if not separator or not name:
-        raise ValueError(f"{text!r}: expected NAME=VALUE")
+    name, value = parse_value(text)
     if name not in defaults:
         raise ValueError(f"unknown setting {name!r}; expected one of {', '.join(sorted(defaults)) or 'none'}")
-    try:
-        parsed = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{text!r}: the value is not readable as YAML") from error
-    return name, _convert(type(defaults[name]), parsed, name)
+    return name, _convert(type(defaults[name]), value, name)
 
 
 def _is_number(value: Any) -> bool:

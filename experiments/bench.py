@@ -40,7 +40,7 @@ def bench(env_id: str, bundle: str | None, num_envs: int, repetitions: int, seed
     Raises:
         ValueError: If an argument is wrong.
     """
-    check_env(env_id)
+    check_env(env_id, kinds=["gating:Gating"])
     if seed < 0:
         raise ValueError(f"seed={seed}: expected an integer >= 0")
     if repetitions < 2:

@@ -6,6 +6,7 @@ import argparse
 import json
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -19,6 +20,7 @@ from transformers.utils.logging import disable_progress_bar
 from dsa_gym import __version__
 
 if TYPE_CHECKING:
+    from dsa_gym.experiments.train import TrainConfig
     from dsa_gym.prepare import PrepareConfig
 
 T = TypeVar("T")
@@ -27,12 +29,13 @@ console = Console()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; errors of the user's making end in one line and exit code 2."""
+    """Run a command; errors of the user's making end in one line and exit code 2, refused or failed parts in 1."""
     parser = _parser()
     parsed = parser.parse_args(arguments)
+    parsed.arguments = sys.argv[1:] if arguments is None else list(arguments)  # as they were typed, for records
     _quiet(parsed.verbose)
     try:
-        parsed.run(parsed)
+        code: int | None = parsed.run(parsed)
     except (ValueError, FloatingPointError, OSError, ImportError) as error:
         if parsed.verbose:
             raise
@@ -41,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"dsa-gym {parsed.command}: interrupted; the same command continues it", file=sys.stderr)
         return 130
-    return 0
+    return code or 0
 
 
 def _quiet(verbose: bool) -> None:
@@ -175,24 +178,52 @@ def _parser() -> argparse.ArgumentParser:
     info.add_argument("--json", action="store_true", help="print the whole manifest as JSON")
 
     train = add("train", _train, "train an agent; the same command continues a killed run")
+    train.add_argument("--resume", type=Path, metavar="RUN", help="continue the run of this folder with its settings")
     train.add_argument("--env", default="DSA-Text-v0")
     train.add_argument("--bundle", help="folder of a bundle (default: the shipped one)")
     train.add_argument("--agent", default="ppo")
-    train.add_argument("--steps", type=int, default=500_000, help="environment steps")
     train.add_argument("--seed", type=int, default=0)
     train.add_argument("--logdir", type=Path, default=Path("runs"))
-    train.add_argument("--num-envs", type=int, default=256)
-    train.add_argument("--granularity", default="pathway")
-    train.add_argument("--l0-penalty", type=float, default=None, help="price of an active parameter")
-    train.add_argument("--reward-metric", help="task metric in the place of minus the loss, such as ndcg@10")
-    train.add_argument("--evaluate-every", type=int, default=50_000, help="environment steps")
+    _train_arguments(train)
+    train.add_argument("--env-set", nargs="*", default=[], metavar="NAME=VALUE", help="arguments of the environment")
     train.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="override the agent's settings")
+    train.set_defaults(parser=train)
 
     evaluate = add("evaluate", _evaluate, "judge finished runs (several seeds of one configuration) by the ladder")
     evaluate.add_argument("runs", type=Path, nargs="+", metavar="RUN")
     evaluate.add_argument("--split", default="test", help="test, validation or seen")
     evaluate.add_argument("--json", type=Path, help="write the result here")
     evaluate.add_argument("--plot", type=Path, help="write the plot here (default: RUN/ladder-SPLIT.png)")
+
+    tune = add("tune", _tune, "search an agent's settings (Optuna); the same command continues a killed study")
+    tune.add_argument("--agent", required=True)
+    tune.add_argument("--env", default="DSA-Text-v0")
+    tune.add_argument("--bundle", help="folder of a bundle (default: the shipped one)")
+    tune.add_argument("--trials", type=int, default=30)
+    tune.add_argument("--steps", type=int, default=300_000, help="environment steps of a seed")
+    tune.add_argument("--seeds", type=int, default=2, help="seeds of a trial; their mean is its value")
+    tune.add_argument("--seed", type=int, default=0, help="seeds the sampler")
+    tune.add_argument("--evaluations", type=int, default=10, help="of a trial, on validation users")
+    tune.add_argument("--num-envs", type=int, default=256)
+    tune.add_argument("--granularity", default="pathway")
+    tune.add_argument("--l0-penalty", type=float, default=None, help="price of an active parameter")
+    tune.add_argument("--reward-metric", help="task metric in the place of minus the loss, such as ndcg@10")
+    tune.add_argument("--env-set", nargs="*", default=[], metavar="NAME=VALUE", help="arguments of the environment")
+    tune.add_argument("--out", type=Path, required=True, help="folder of the study; one process works on it at a time")
+    tune.add_argument("--write", action="store_true", help="put the best settings into agents/zoo/NAME.yaml here")
+
+    push = add("push", _push, "publish a finished run on the Hugging Face Hub, with a model card")
+    push.add_argument("run_folder", type=Path, metavar="RUN")
+    push.add_argument("--repo", required=True, help="USER/NAME on the Hub")
+    push.add_argument("--private", action="store_true", help="make a new repository private")
+    push.add_argument("--to", type=Path, help="write the files into this new folder and publish nothing")
+    push.add_argument("--license", default="apache-2.0", help="of the agent, as the Hub spells it")
+
+    pull = add("pull", _pull, "fetch a published run, check it and put it in place")
+    pull.add_argument("repo", help="USER/NAME on the Hub")
+    pull.add_argument("--out", type=Path, required=True, metavar="RUN", help="new folder of the run")
+    pull.add_argument("--revision", help="branch, tag or commit")
+    pull.add_argument("--bundle", help="folder of the bundle it was trained on (default: the shipped one)")
 
     bench = add("bench", _bench, "time the environment's step against the bare frozen backbone")
     bench.add_argument("--env", default="DSA-Text-v0")
@@ -496,32 +527,68 @@ def _print_manifest(manifest: dict[str, Any], name: str) -> None:
     console.print(table)
 
 
+def _train_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--steps", type=int, default=500_000, help="environment steps")
+    parser.add_argument("--num-envs", type=int, default=256)
+    parser.add_argument("--granularity", default="pathway")
+    parser.add_argument("--l0-penalty", type=float, default=None, help="price of an active parameter")
+    parser.add_argument("--reward-metric", help="task metric in the place of minus the loss, such as ndcg@10")
+    parser.add_argument("--evaluate-every", type=int, default=50_000, help="environment steps")
+
+
+TRAIN_OPTIONS = ("steps", "num_envs", "granularity", "l0_penalty", "reward_metric", "evaluate_every")
+"""Options that :func:`_train_arguments` adds, by their names in ``TrainConfig``."""
+
+
 def _train(parsed: argparse.Namespace) -> None:
+    from dsa_gym.experiments.train import read_manifest, resume, train
+
+    if parsed.resume is None:
+        run = train(_train_config(parsed), parsed.logdir)
+    else:
+        others = ("env", "bundle", "agent", "seed", "logdir", "set", "env_set", *TRAIN_OPTIONS)
+        given = [name for name in others if getattr(parsed, name) != parsed.parser.get_default(name)]
+        if given:
+            raise ValueError(f"--{given[0].replace('_', '-')}: not with --resume, which takes the run's own settings")
+        if "scores" in read_manifest(parsed.resume):
+            console.print(f"finished already: {parsed.resume}")
+        run = resume(parsed.resume)
+    console.print(f"run: {run}\nnext: dsa-gym evaluate {run}\n      tensorboard --logdir {run.parent}")
+
+
+def _train_config(parsed: argparse.Namespace) -> TrainConfig:
     from dsa_gym.agents import agent_class
-    from dsa_gym.agents.base import zoo_defaults
-    from dsa_gym.config import parse_setting
-    from dsa_gym.experiments.train import TrainConfig, train
+    from dsa_gym.experiments.train import TrainConfig
 
     agent_class(parsed.agent)  # an unknown one is named before its settings are
-    try:
-        settings = dict(parse_setting(text, zoo_defaults(parsed.agent)) for text in parsed.set)
-    except ValueError as error:
-        raise ValueError(f"--set: {error}") from error
-    config = TrainConfig(
+    return TrainConfig(
         env=parsed.env,
         agent=parsed.agent,
         bundle=str(Path(parsed.bundle).resolve()) if parsed.bundle else None,
-        steps=parsed.steps,
         seed=parsed.seed,
-        num_envs=parsed.num_envs,
-        granularity=parsed.granularity,
-        l0_penalty=parsed.l0_penalty,
-        reward_metric=parsed.reward_metric,
-        evaluate_every=parsed.evaluate_every,
-        settings=settings,
+        settings=_agent_settings(parsed.agent, parsed.set),
+        env_settings=_env_settings(parsed.env_set),
+        **{name: getattr(parsed, name) for name in TRAIN_OPTIONS},
     )
-    run = train(config, parsed.logdir)
-    console.print(f"run: {run}\nnext: dsa-gym evaluate {run}\n      tensorboard --logdir {parsed.logdir}")
+
+
+def _agent_settings(agent: str, texts: Sequence[str]) -> dict[str, Any]:
+    from dsa_gym.agents.base import zoo_defaults
+    from dsa_gym.config import parse_setting
+
+    try:
+        return dict(parse_setting(text, zoo_defaults(agent)) for text in texts)
+    except ValueError as error:
+        raise ValueError(f"--set: {error}") from error
+
+
+def _env_settings(texts: Sequence[str]) -> dict[str, Any]:
+    from dsa_gym.config import parse_value
+
+    try:
+        return dict(parse_value(text) for text in texts)
+    except ValueError as error:
+        raise ValueError(f"--env-set: {error}") from error
 
 
 def _evaluate(parsed: argparse.Namespace) -> None:
@@ -536,6 +603,46 @@ def _evaluate(parsed: argparse.Namespace) -> None:
     if parsed.json:
         write_json(parsed.json, result)
         console.print(f"json: {parsed.json}")
+
+
+def _tune(parsed: argparse.Namespace) -> None:
+    from dsa_gym.experiments.train import TrainConfig
+    from dsa_gym.experiments.tune import TuneConfig, fragment, merged, show, tune, zoo_file
+    from dsa_gym.storage import write_text
+
+    destination = zoo_file(parsed.agent) if parsed.write else None
+    run = TrainConfig(
+        env=parsed.env,
+        agent=parsed.agent,
+        bundle=str(Path(parsed.bundle).resolve()) if parsed.bundle else None,
+        env_settings=_env_settings(parsed.env_set),
+        **_named(parsed, "steps", "num_envs", "granularity", "l0_penalty", "reward_metric"),
+    )
+    config = TuneConfig(run, parsed.trials, parsed.seeds, parsed.seed, parsed.evaluations)
+    record = tune(config, parsed.out, command=shlex.join(["dsa-gym", *parsed.arguments]))
+    show(record, console)
+    console.print(f"best settings: {parsed.out / 'best.yaml'}; all trials: {parsed.out / 'study.json'}\n"
+                  f"plots: {parsed.out / 'importance.png'} and {parsed.out / 'history.png'}")  # fmt: skip
+    if destination is not None:
+        write_text(destination, merged(destination.read_text(encoding="utf-8"), fragment(record)))
+        console.print(f"written into {destination}")
+
+
+def _push(parsed: argparse.Namespace) -> None:
+    from dsa_gym.experiments.hub import push
+
+    console.print(f"published: {push(parsed.run_folder, parsed.repo, **_named(parsed, 'private', 'to', 'license'))}")
+
+
+def _pull(parsed: argparse.Namespace) -> None:
+    from dsa_gym.experiments.hub import pull
+
+    run = pull(parsed.repo, parsed.out, **_named(parsed, "revision", "bundle"))
+    console.print(f"run: {run}\nnext: dsa-gym evaluate {run}")
+
+
+def _named(parsed: argparse.Namespace, *names: str) -> dict[str, Any]:
+    return {name: getattr(parsed, name) for name in names}
 
 
 def _demo(parsed: argparse.Namespace) -> None:

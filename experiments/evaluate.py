@@ -94,7 +94,7 @@ def _judge(config: TrainConfig, agents: Sequence[Any], split: str) -> dict[str, 
     }
     result["split"] = split
     result["active_parameters"] = float(active)
-    result["density"] = float(active) / problem.bundle.shape.size
+    result["density"] = float(active / problem.sizes.sum())
     static, reference = (ladder.rewards[name].mean() for name in ("static", "reference"))
     result["normalized_score_per_seed"] = [float(normalised_score(r.mean(), static, reference)) for r in rewards]
     return result

@@ -46,10 +46,9 @@ class Monitor:
         static: The best static mask of the training users (G,).
     """
 
-    def __init__(self, train: Problem, problems: Mapping[str, Problem]) -> None:
-        """Choose the static mask on ``train`` and score the two ends of the normalised score."""
-        self.problems = dict(problems)
-        self.static = best_static(train)
+    def __init__(self, static: Bits, problems: Mapping[str, Problem]) -> None:
+        """Score the two ends of the normalised score."""
+        self.problems, self.static = dict(problems), static
         self.ends = {
             name: (
                 _mean_reward(problem, np.tile(self.static, (len(problem), 1))),
@@ -59,11 +58,18 @@ class Monitor:
         }
 
     @classmethod
-    def of_env(cls, env_id: str, **arguments: Any) -> Monitor:
-        """The monitor of an environment: new inputs of its training users, and its validation users."""
+    def of_env(cls, env_id: str, *, static: Bits | None = None, **arguments: Any) -> Monitor:
+        """The monitor of an environment: new inputs of its training users, and its validation users.
+
+        Args:
+            env_id: A registered id.
+            static: The best static mask (G,), if it is known already.
+            **arguments: Arguments of the environment.
+        """
         splits = {"seen": "seen", "unseen": "validation"}
         problems = {name: open_problem(env_id, split, **arguments) for name, split in splits.items()}
-        return cls(open_problem(env_id, "train", **arguments), problems)
+        static = best_static(open_problem(env_id, "train", **arguments)) if static is None else static
+        return cls(static, problems)
 
     def __call__(self, policy: Decider) -> tuple[dict[str, float], dict[str, Bits]]:
         """Scalars and decisions of a policy, by split; ``regret`` where the optimum is known."""

@@ -45,6 +45,7 @@ def test_run_json(runs: list[Path], bundle_folder: Path) -> None:
         "l0_penalty": None,
         "reward_metric": None,
         "evaluate_every": 128,
+        "env_settings": {},
         # what was asked for and the defaults that it was run with
         "settings": {
             **zoo_defaults("ppo"),
