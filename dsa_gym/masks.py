@@ -71,6 +71,15 @@ class MaskSpace:
             return gates
         return gates[:, self._index]
 
+    def component_shares(self, gates: Tensor) -> Tensor:
+        """Share of each component's parameters that gates (rows, G) in [0, 1] switch on, (rows, sites, rank)."""
+        mask = self.expand(gates)
+        if not self.elementwise:
+            return mask
+        component, grid = self.shape.component_of().to(mask.device), (len(self.shape.sites), self.shape.rank)
+        on = mask.new_zeros(len(mask), grid[0] * grid[1]).index_add_(1, component, mask)
+        return (on / torch.bincount(component)).view(-1, *grid)
+
     def active_parameters(self, gates: Tensor) -> Tensor:
         """Exact ``||m||_0`` of binary gates (rows, G) as int64 (rows,)."""
         return (gates.to(torch.int64) * self.sizes).sum(-1)

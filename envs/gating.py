@@ -146,12 +146,8 @@ def _share_on(problem: GatingProblem, gates: NDArray[np.uint8]) -> NDArray[np.fl
     import torch
 
     shape = problem.bundle.shape
-    mask = problem.space.expand(torch.from_numpy(gates[None]).float())
-    if problem.space.elementwise:
-        component = shape.component_of()
-        on = torch.zeros(len(shape.sites) * shape.rank).index_add_(0, component, mask[0])
-        mask = (on / torch.bincount(component)).view(1, len(shape.sites), shape.rank)
-    return mask[0].view(len(shape.sites), shape.pathways, -1).mean(-1).numpy()
+    shares = problem.space.component_shares(torch.from_numpy(gates[None]).float())[0]  # (sites, rank)
+    return shares.unflatten(1, (shape.pathways, -1)).mean(-1).numpy()
 
 
 def _gates_text(gates: NDArray[np.uint8] | None, granularity: str) -> str:

@@ -135,6 +135,19 @@ def test_masks_cannot_be_made_coarser() -> None:
         fine.refine(torch.ones(1, fine.gates), coarse)
 
 
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@given(shape=shapes(), seed=st.integers(0, 2**31))
+@settings(max_examples=10)
+def test_shares_of_components(granularity: str, shape: AdapterShape, seed: int) -> None:
+    space = MaskSpace(shape, granularity)
+    gates = draw_gates(space, seed).float()
+    mask = space.refine(gates, MaskSpace(shape, "element"))
+    component = shape.component_of()
+    share = [[row[component == index].mean() for index in range(len(shape.sites) * shape.rank)] for row in mask]
+    expected = torch.tensor(share).view(len(gates), len(shape.sites), shape.rank)
+    torch.testing.assert_close(space.component_shares(gates), expected)
+
+
 def test_move_to_a_device_is_fluent() -> None:
     space = MaskSpace(SHAPE, "layer")
     assert space.to("cpu") is space
