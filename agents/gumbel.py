@@ -1,83 +1,23 @@
-"""The gradient-trained gate: Gumbel-Softmax or binary concrete, straight-through, over a frozen bundle."""
+"""The straight-through Gumbel-Softmax gate."""
 
 from __future__ import annotations
 
-from typing import Any
-
-import numpy as np
 import torch
 from torch import Tensor
 
-from dsa_gym.agents.base import NetworkAgent, Observation, OnUpdate
-from dsa_gym.gating import GateConfig, GatingNetwork
+from dsa_gym.agents.gradient_gate import GradientGateAgent
 
 
-class GumbelAgent(NetworkAgent):
-    """Minimises ``loss + l0_penalty * active_parameters`` by the gradient through relaxed gates.
+class GumbelAgent(GradientGateAgent):
+    """Each gate is a binary concrete variable, rounded (Maddison et al., 2017; Jang et al., 2017).
 
-    Each gate is a binary concrete variable (Maddison et al., 2017; Jang et al., 2017). It needs a loss that
-    is differentiable in the mask, which the reward's other forms (ROUGE, NDCG, bytes) are not.
+    The loss sees binary gates, and the gradient is that of the relaxed ones, whose temperature falls.
     """
 
     name = "gumbel"
-    network: GatingNetwork
-    minimum = {"batch_size": 1, "learning_rate": 1e-12, "weight_decay": 0}
 
-    def __init__(self, env: Any, seed: int = 0, **config: Any) -> None:
-        """Build the gate and its optimiser."""
-        super().__init__(env, seed, **config)
-        gate = GateConfig(
-            relaxation="binary",
-            hidden=self.config["hidden"],
-            dropout=self.config["dropout"],
-            temperature=self.config["temperature"],
-            final_temperature=self.config["final_temperature"],
-        )
-        sizes = {name: space.shape[0] for name, space in env.observation_space.spaces.items()}
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
-            self.network = GatingNetwork(sizes["user"], sizes["context"], self.gates, self.gates, gate)
-        self.optimizer = torch.optim.AdamW(
-            self.network.parameters(), lr=self.config["learning_rate"], weight_decay=self.config["weight_decay"]
-        )
-
-    def learn(self, steps: int, on_update: OnUpdate | None = None) -> None:
-        """Take gradient steps until ``steps`` more inputs have been used.
-
-        Raises:
-            FloatingPointError: If the loss is not finite.
-        """
-        with torch.random.fork_rng(devices=[]):  # dropout draws from the global generator
-            self._learn(steps, on_update)
-
-    def _learn(self, steps: int, on_update: OnUpdate | None) -> None:
-        scorer, size = self.scorer, self.config["batch_size"]
-        last = self._steps + steps
-        prices = torch.as_tensor(scorer.l0_penalty * scorer.active_parameters(np.eye(self.gates, dtype=np.uint8)))
-        observed = {name: torch.from_numpy(value) for name, value in scorer.observations.items()}
-        while self._steps < last:
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self._steps)
-            torch.manual_seed(self.seed * 1_000_003 + self._steps)
-            inputs = torch.randint(len(scorer), (size,), generator=generator)
-            temperature = self.network.config.temperature_at(self._steps / self.config["anneal_steps"])
-            self.network.train()
-            logits = self.network(observed["user"][inputs], observed["context"][inputs])
-            gates = self.network.sample(logits, temperature, generator)
-            loss = scorer.relaxed_losses(inputs, gates).mean()
-            objective = loss + (gates * prices.float()).sum(1).mean()
-            if not torch.isfinite(objective):
-                raise FloatingPointError(f"gumbel: loss is {objective.item()} after {self._steps} steps")
-            self.optimizer.zero_grad()
-            objective.backward()
-            torch.nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
-            self.optimizer.step()
-            self._steps += size
-            if on_update is not None:
-                on_update(self._steps, {"train/loss": loss.item(), "train/density": gates.mean().item()})
-
-    @torch.inference_mode()
-    def logits(self, observation: Observation) -> Tensor:
-        """Logit of each gate (rows, G)."""
-        self.network.eval()
-        logits: Tensor = self.network(torch.as_tensor(observation["user"]), torch.as_tensor(observation["context"]))
-        return logits
+    def relax(self, logits: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Binary gates with the gradient of the relaxed ones, which are also paid for."""
+        temperature = self.network.config.temperature_at(self._steps / self.config["anneal_steps"])
+        gates = self.network.sample(logits, temperature, generator)
+        return gates, gates

@@ -84,6 +84,14 @@ class Planted:
         weights, difficulty = torch.from_numpy(self.weights), torch.from_numpy(self.difficulty)
         return difficulty[inputs] + (weights[inputs] * gates).sum(1) + self.coupling * pairs
 
+    @property
+    def gate_features(self) -> NDArray[np.float32]:
+        return np.eye(self.gates, 200, dtype=np.float32)
+
+    def gate_magnitudes(self) -> NDArray[np.float64]:
+        """As if a gate's parameters were as large as what it does on average."""
+        return np.asarray(np.abs(self.weights.mean(0)))
+
     def support(self) -> Planted:
         """Other inputs of the same users, fewer of them."""
         other = Planted(1000, **self._arguments)
