@@ -87,10 +87,14 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, *, patience: float = 0.0) -> Iterator[None]:
     """Keep other processes out of a folder (those that ask) while the block runs; the folder is made if it is missing.
 
     The operating system gives the lock back when the process ends, however it ends.
+
+    Args:
+        folder: what is locked.
+        patience: seconds to wait for another process to give it back.
 
     Raises:
         ValueError: another process has it.
@@ -99,7 +103,7 @@ def locked(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".lock")
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=patience)
     except Timeout as error:
         raise ValueError(f"{folder}: another process is at work there; let it end or give another folder") from error
     try:

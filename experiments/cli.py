@@ -20,6 +20,7 @@ from transformers.utils.logging import disable_progress_bar
 from dsa_gym import __version__
 
 if TYPE_CHECKING:
+    from dsa_gym.experiments.compare import Grid
     from dsa_gym.experiments.train import TrainConfig
     from dsa_gym.prepare import PrepareConfig
 
@@ -188,6 +189,29 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--env-set", nargs="*", default=[], metavar="NAME=VALUE", help="arguments of the environment")
     train.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="override the agent's settings")
     train.set_defaults(parser=train)
+
+    compare = add("compare", _compare, "every agent on every environment with every seed; a killed grid continues")
+    compare.add_argument("--env", nargs="+", required=True, metavar="ID")
+    compare.add_argument("--agent", nargs="+", required=True, metavar="NAME")
+    compare.add_argument("--seeds", type=int, default=5, metavar="N", help="seeds 0 to N - 1")
+    compare.add_argument("--bundle", nargs="*", default=[], metavar="ENV=FOLDER", help="default: the shipped ones")
+    compare.add_argument("--env-set", nargs="*", default=[], metavar="ENV.NAME=VALUE", help="arguments of environments")
+    compare.add_argument("--set", nargs="*", default=[], metavar="AGENT.NAME=VALUE", help="override agents' settings")
+    _train_arguments(compare)
+    compare.add_argument("--engine", default="local", help="local, or ray: the cluster of RAY_ADDRESS or one here")
+    compare.add_argument("--workers", type=int, help="cells at a time (default: one per core)")
+    compare.add_argument("--retry-failed", action="store_true", help="try failed cells again")
+    compare.add_argument("--out", type=Path, required=True, help="folder of the comparison")
+
+    report = add("report", _report, "write a comparison's report: an HTML page, Markdown and pictures")
+    report.add_argument("out", type=Path, metavar="DIR")
+
+    verify = add("verify", _verify, "replay rows from their saved agents; refused ones end in exit code 1")
+    verify.add_argument("row", type=Path, metavar="ROW", help="a row.json, its folder, or a comparison's folder")
+
+    leaderboard = add("leaderboard", _leaderboard, "verify the rows of comparisons and write the leaderboard")
+    leaderboard.add_argument("folders", type=Path, nargs="+", metavar="DIR")
+    leaderboard.add_argument("--out", type=Path, default=Path("LEADERBOARD.md"))
 
     evaluate = add("evaluate", _evaluate, "judge finished runs (several seeds of one configuration) by the ladder")
     evaluate.add_argument("runs", type=Path, nargs="+", metavar="RUN")
@@ -589,6 +613,87 @@ def _env_settings(texts: Sequence[str]) -> dict[str, Any]:
         return dict(parse_value(text) for text in texts)
     except ValueError as error:
         raise ValueError(f"--env-set: {error}") from error
+
+
+def _compare(parsed: argparse.Namespace) -> int:
+    from dsa_gym.experiments.compare import compare
+    from dsa_gym.experiments.report import report
+
+    failed = compare(
+        _grid(parsed), parsed.out, engine=parsed.engine, workers=parsed.workers, retry_failed=parsed.retry_failed
+    )
+    console.print(f"rows: {parsed.out / 'rows.parquet'} and {parsed.out / 'rows.csv'}")
+    try:
+        console.print(f"report: {report(parsed.out)}")
+    except (ImportError, ValueError) as error:  # rows are there without it, or no cell is finished
+        print(f"dsa-gym compare: no report: {error}", file=sys.stderr)
+    for cell, message in failed.items():
+        print(f"failed: {cell}: {message}", file=sys.stderr)
+    if failed:
+        traceback = parsed.out / "cells" / next(iter(failed)) / "error.txt"
+        print(
+            f"{len(failed)} failed, see {traceback}; the same command with --retry-failed tries again", file=sys.stderr
+        )
+    return 1 if failed else 0
+
+
+def _grid(parsed: argparse.Namespace) -> Grid:
+    from dsa_gym.agents import agent_class
+    from dsa_gym.experiments.compare import Grid
+    from dsa_gym.experiments.train import check_env
+
+    for name in parsed.env:
+        check_env(name)
+    for name in parsed.agent:
+        agent_class(name)
+    settings = _by_owner(parsed.set, ".", parsed.agent, "--set")
+    envs: dict[str, dict[str, Any]] = {name: {} for name in parsed.env}
+    for name, folders in _by_owner(parsed.bundle, "=", parsed.env, "--bundle").items():
+        envs[name]["bundle"] = str(Path(folders[-1]).resolve())
+    for name, texts in _by_owner(parsed.env_set, ".", parsed.env, "--env-set").items():
+        envs[name]["env_settings"] = _env_settings(texts)
+    agents = {name: _agent_settings(name, settings.get(name, [])) for name in parsed.agent}
+    return Grid(envs, agents, parsed.seeds, {name: getattr(parsed, name) for name in TRAIN_OPTIONS})
+
+
+def _by_owner(texts: Sequence[str], separator: str, owners: Sequence[str], option: str) -> dict[str, list[str]]:
+    """Texts of an owner, a separator and the rest, as owner to rests.
+
+    Raises:
+        ValueError: If an owner is not compared.
+    """
+    found: dict[str, list[str]] = {}
+    for text in texts:
+        owner, _, rest = text.partition(separator)
+        if owner not in owners or not rest:
+            raise ValueError(f"{option} {text!r}: expected one of {', '.join(owners)}, then {separator!r} and the rest")
+        found.setdefault(owner, []).append(rest)
+    return found
+
+
+def _report(parsed: argparse.Namespace) -> None:
+    from dsa_gym.experiments.report import report
+
+    console.print(f"report: {report(parsed.out)}")
+
+
+def _verify(parsed: argparse.Namespace) -> int:
+    from dsa_gym.experiments.verify import verify
+
+    checked = verify(parsed.row)
+    for run, reason in checked.items():
+        print(f"reproduced: {run}" if reason is None else f"refused: {run}: {reason}")
+    return 1 if any(checked.values()) else 0
+
+
+def _leaderboard(parsed: argparse.Namespace) -> int:
+    from dsa_gym.experiments.leaderboard import leaderboard
+
+    refused = leaderboard(parsed.folders, parsed.out)
+    console.print(f"leaderboard: {parsed.out}")
+    for run, reason in refused.items():
+        print(f"refused: {run}: {reason}", file=sys.stderr)
+    return 1 if refused else 0
 
 
 def _evaluate(parsed: argparse.Namespace) -> None:
