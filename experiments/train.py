@@ -25,7 +25,7 @@ from dsa_gym.envs import ENVIRONMENTS, make_sb3_vec_env
 from dsa_gym.envs.wrappers import VectorDiscreteMask, VectorRelaxedMask
 from dsa_gym.experiments.monitor import Monitor, open_problem
 from dsa_gym.experiments.tensorboard import PolicyLog
-from dsa_gym.problem import Bits
+from dsa_gym.problem import Bits, GatingProblem
 from dsa_gym.search import Problem
 
 WRAPPERS: dict[str, Any] = {"binary": None, "relaxed": VectorRelaxedMask, "discrete": VectorDiscreteMask}
@@ -188,7 +188,7 @@ def train_in(run: Path, config: TrainConfig, *, static: Bits | None = None) -> P
     if (run / "agent.json").is_file():
         agent.load(run)
     monitor = Monitor.of_env(config.env, static=static, **config.env_arguments)
-    log = PolicyLog(run, monitor.problems["unseen"], start=agent.steps)
+    log = PolicyLog(run, monitor, agent, decode="Table" not in config.env)
     curve = [row for row in read_curve(run) if row["steps"] <= agent.steps]  # the agent is saved after its row
     seconds = curve[-1]["seconds"] if curve else 0.0
     bar = tqdm(total=config.steps, initial=agent.steps, desc=config.folder_name, unit="step", disable=None)
@@ -203,19 +203,22 @@ def train_in(run: Path, config: TrainConfig, *, static: Bits | None = None) -> P
         remaining = config.steps - agent.steps
         learned, began = agent.steps, time.monotonic()
         if remaining > 0:
+            if isinstance(agent.scorer, GatingProblem):
+                agent.scorer.forget()  # as a resumed run has
             agent.learn(min(remaining, config.evaluate_every), on_update)
         seconds += time.monotonic() - began
         latest, decisions = monitor(agent)
         if not np.isfinite(list(latest.values())).all():
             raise FloatingPointError(f"{config.agent}: scores are not finite after {agent.steps} steps: {latest}")
-        log.evaluation(agent, latest, decisions["unseen"])
+        last = agent.steps >= config.steps or agent.steps == learned
+        log.evaluation(agent, latest, decisions, last=last)
         curve = [row for row in curve if row["steps"] < agent.steps]
         curve.append({"steps": agent.steps, "seconds": round(seconds, 3), **latest})
         with storage.atomic_path(run / CURVE) as temporary:
             pd.DataFrame(curve).to_csv(temporary, index=False)
         agent.save(run)
         bar.set_postfix(unseen=f"{latest['unseen/normalized_score']:.2f}", density=f"{latest['unseen/density']:.2f}")
-        if agent.steps >= config.steps or agent.steps == learned:
+        if last:
             break
     bar.close()
     manifest["seconds"] = round(seconds, 3)
