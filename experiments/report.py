@@ -125,8 +125,9 @@ def _environment(page: Page, out: Path, parts: Mapping[str, Scores], rows: Seque
 
 def _about(part: str, scores: Scores) -> str:
     return (
-        f"{TITLES[part].capitalize()}: {len(scores.inputs)} users with {scores.inputs.sum()} inputs; reward of "
-        f"the best static mask {scores.mean(scores.static):.4f}, of the reference gate {scores.mean(scores.reference):.4f}."
+        f"{TITLES[part].capitalize()}: {len(scores.inputs)} users with {scores.inputs.sum()} inputs; reward of the "
+        f"best static mask {scores.mean(scores.static):.4f}, of the reference gate "
+        f"{scores.mean(scores.reference):.4f}."
     )
 
 
