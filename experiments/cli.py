@@ -55,7 +55,7 @@ def _quiet(verbose: bool) -> None:
     if not verbose:
         disable_progress_bar()  # of loading weights
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    for name in ("transformers", "httpx", "huggingface_hub", "absl"):
+    for name in ("transformers", "httpx", "httpx2", "huggingface_hub", "absl"):
         logging.getLogger(name).setLevel(logging.INFO if verbose else logging.ERROR)
 
 

@@ -187,7 +187,7 @@ def tune(config: TuneConfig, folder: Path, command: str = "") -> dict[str, Any]:
     space = search_space(config.run.agent)
     with storage.locked(folder):
         record = _claim(config, Path(folder), space, command)
-        study = _open_study(optuna, Path(folder) / "journal.log")
+        study = _open_study(optuna, Path(folder) / "journal.log", warmup=config.run.steps // 3)
         _run(optuna, study, config, record, Path(folder) / "study.json")
         record["trials"] = [_row(trial, record) for trial in study.get_trials(deepcopy=False)]
         if not any(row["state"] == "complete" for row in record["trials"]):
@@ -227,8 +227,11 @@ def bundle_checksum(agent: Agent) -> str | None:
     return None if bundle is None else str(bundle.checksum)
 
 
-def _open_study(optuna: Any, journal: Path) -> Any:
-    """The study in a journal, made if it is missing, without what a killed process left unfinished."""
+def _open_study(optuna: Any, journal: Path, warmup: int) -> Any:
+    """The study in a journal, made if it is missing, without what a killed process left unfinished.
+
+    Trials are pruned after ``warmup`` steps where they are below the median of the others at that time.
+    """
     if journal.is_file():
         content = journal.read_bytes()
         whole = content[: content.rfind(b"\n") + 1]
@@ -242,7 +245,7 @@ def _open_study(optuna: Any, journal: Path) -> Any:
         study_name="dsa-gym",
         direction="maximize",
         load_if_exists=True,
-        pruner=optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=1),
+        pruner=optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=warmup),
     )
     for trial in study.get_trials(deepcopy=False, states=[optuna.trial.TrialState.RUNNING]):
         study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
@@ -258,7 +261,9 @@ def _run(optuna: Any, study: Any, config: TuneConfig, record: dict[str, Any], pa
         return
     monitor = Monitor.of_env(config.run.env, **config.run.env_arguments)
     desc = f"tune {config.run.agent} on {config.run.env}"
-    with tqdm(total=config.trials * steps, initial=ended * steps, desc=desc, unit="step", unit_scale=True) as bar:
+    with tqdm(
+        total=config.trials * steps, initial=ended * steps, desc=desc, unit="step", unit_scale=True, disable=None
+    ) as bar:
         while ended < config.trials:
             study.sampler = optuna.samplers.TPESampler(seed=(config.seed * 1_000_003 + ended) % 2**32)
             if not ended and not study.get_trials(deepcopy=False, states=[state.WAITING]):
@@ -449,28 +454,30 @@ def merged(text: str, addition: Mapping[str, Any]) -> str:
         ValueError: If the file is laid out in a way that this cannot edit.
     """
     expected = dict(yaml.safe_load(text))
+    text = text.rstrip() + "\n"
     for block, entries in addition.items():
         expected[block] = {**(expected.get(block) or {}), **entries}
         for key, entry in entries.items():
             text = _with_entry(text, block, key, entry)
-    if yaml.safe_load(text) != expected:
+    try:
+        found = yaml.safe_load(text)
+    except yaml.YAMLError:
+        found = None
+    if found != expected:
         raise ValueError("the zoo file is not laid out as blocks indented by two spaces; merge best.yaml by hand")
     return text
 
 
 def _with_entry(text: str, block: str, key: str, entry: Any) -> str:
-    """One entry of one block set, in text."""
+    """One entry of one block set, in text that ends with a line's end."""
     body = "".join(f"  {line}\n" for line in _yaml({key: entry}).splitlines())
-    head = re.search(rf"(?m)^{block}:[ \t]*(#.*)?$", text)
-    if head is None:
-        return f"{text.rstrip()}\n{block}:\n{body}"
-    start = min(head.end() + 1, len(text))
-    after = re.compile(r"(?m)^[^\s#]").search(text, start)
-    end = after.start() if after else len(text)
-    inside = text[start:end]
-    old = re.search(rf"(?m)^  {re.escape(key)}:.*\n(?: {{3,}}.*\n|[ \t]*\n)*", inside)
-    inside = inside[: old.start()] + body + inside[old.end() :] if old else inside.rstrip("\n") + "\n" + body
-    return text[:start].rstrip("\n") + "\n" + inside.lstrip("\n") + text[end:]
+    found = re.search(rf"(?m)^{block}:[ \t]*(?:#.*)?\n((?:[ \t]+\S.*\n)*)", text)
+    if found is None:
+        return f"{text}{block}:\n{body}"
+    inside = found[1]
+    old = re.search(rf"(?m)^  {re.escape(key)}:.*\n(?: {{3,}}.*\n)*", inside)
+    start, end = old.span() if old else (len(inside), len(inside))
+    return text[: found.start(1)] + inside[:start] + body + inside[end:] + text[found.end(1) :]
 
 
 def zoo_file(agent: str) -> Path:
