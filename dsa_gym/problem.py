@@ -280,6 +280,15 @@ class GatingProblem:
         """Root mean square of the library's parameters that each gate switches, (G,)."""
         return self.space.gate_means(self.bundle.phi_meta.square()).sqrt().numpy()
 
+    def forget(self) -> None:
+        """Drop all that was remembered of computed losses and states, as if the problem were new.
+
+        What a batch's neighbours are may change the last digit of a loss. A run that goes on from a file has nothing
+        remembered, so one that is to equal it forgets when it saves.
+        """
+        self._cache.clear()
+        self.__dict__.pop("_states", None)
+
     @property
     def hit_rate(self) -> float:
         """Share of the requests that the cache could answer; 0 before the first."""
