@@ -25,7 +25,7 @@ every_agent = pytest.mark.parametrize("name", AGENTS)
 POLICY_GRADIENT = ("rloo", "factored_ppo", "disarm", "counterfactual")
 ON_POLICY = ("ppo", "a2c", "trpo", "maskable_ppo", "recurrent_ppo")
 OFF_POLICY = ("dqn", "qr_dqn", "sac", "td3", "tqc", "crossq")
-LEARNERS = (*ON_POLICY, "ars", *OFF_POLICY, "gumbel", "hard_concrete", "cross_entropy", *POLICY_GRADIENT)
+LEARNERS = (*ON_POLICY, "ars", *OFF_POLICY, "gumbel", "hard_concrete", "linucb", "neural_linear", "cross_entropy", *POLICY_GRADIENT)
 SMALL: dict[str, dict[str, Any]] = {
     **{name: {"hidden": [8], "n_steps": 2, "batch_size": 16, "epochs": 1} for name in ("ppo", "maskable_ppo")},
     "a2c": {"hidden": [8], "n_steps": 2},
@@ -38,6 +38,8 @@ SMALL: dict[str, dict[str, Any]] = {
     },
     "gumbel": {"hidden": 8, "batch_size": 8},
     "hard_concrete": {"hidden": 8, "batch_size": 8},
+    "linucb": {"batch_size": 8, "memory": 24},
+    "neural_linear": {"batch_size": 8, "memory": 24, "hidden": [8], "updates": 1},
     "cross_entropy": {"batch_size": 2, "population": 4},
     **{name: {"hidden": [8], "batch_size": 4, "masks": 4} for name in POLICY_GRADIENT},
 }
