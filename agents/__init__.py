@@ -34,6 +34,8 @@ AGENTS: dict[str, str] = {
     "counterfactual": "dsa_gym.agents.counterfactual:CounterfactualAgent",
     "gumbel": "dsa_gym.agents.gumbel:GumbelAgent",
     "hard_concrete": "dsa_gym.agents.hard_concrete:HardConcreteAgent",
+    "linucb": "dsa_gym.agents.linucb:LinUCBAgent",
+    "neural_linear": "dsa_gym.agents.neural_linear:NeuralLinearAgent",
     "none": "dsa_gym.agents.fixed:NoneAgent",
     "all": "dsa_gym.agents.fixed:AllAgent",
     "random": "dsa_gym.agents.fixed:RandomAgent",

@@ -25,7 +25,17 @@ every_agent = pytest.mark.parametrize("name", AGENTS)
 POLICY_GRADIENT = ("rloo", "factored_ppo", "disarm", "counterfactual")
 ON_POLICY = ("ppo", "a2c", "trpo", "maskable_ppo", "recurrent_ppo")
 OFF_POLICY = ("dqn", "qr_dqn", "sac", "td3", "tqc", "crossq")
-LEARNERS = (*ON_POLICY, "ars", *OFF_POLICY, "gumbel", "hard_concrete", "linucb", "neural_linear", "cross_entropy", *POLICY_GRADIENT)
+LEARNERS = (
+    *ON_POLICY,
+    "ars",
+    *OFF_POLICY,
+    "gumbel",
+    "hard_concrete",
+    "linucb",
+    "neural_linear",
+    "cross_entropy",
+    *POLICY_GRADIENT,
+)
 SMALL: dict[str, dict[str, Any]] = {
     **{name: {"hidden": [8], "n_steps": 2, "batch_size": 16, "epochs": 1} for name in ("ppo", "maskable_ppo")},
     "a2c": {"hidden": [8], "n_steps": 2},
