@@ -34,6 +34,7 @@ LEARNERS = (
     "linucb",
     "neural_linear",
     "cross_entropy",
+    "exact_gradient",
     *POLICY_GRADIENT,
 )
 SMALL: dict[str, dict[str, Any]] = {
@@ -51,6 +52,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "linucb": {"batch_size": 8, "memory": 24},
     "neural_linear": {"batch_size": 8, "memory": 24, "hidden": [8], "updates": 1},
     "cross_entropy": {"batch_size": 2, "population": 4},
+    "exact_gradient": {"hidden": [8], "batch_size": 1},
     **{name: {"hidden": [8], "batch_size": 4, "masks": 4} for name in POLICY_GRADIENT},
 }
 
@@ -139,7 +141,7 @@ def test_save_and_load(name: str, planted: Any, planted_vec_env: Any, tmp_path: 
     assert fresh.steps == agent.steps and fresh.seed == 5
     np.testing.assert_array_equal(decisions(fresh, problem), decisions(agent, problem))
     fresh.learn(32)
-    assert fresh.steps in (agent.steps, agent.steps + 32)
+    assert fresh.steps in (agent.steps, 2 * agent.steps)
 
 
 @pytest.mark.parametrize("name", LEARNERS)
@@ -162,7 +164,8 @@ def test_resumed_run_is_the_uninterrupted_one(name: str, planted: Any, planted_v
     assert rest.state().keys() == whole.state().keys()
     for key, value in whole.state().items():
         torch.testing.assert_close(rest.state()[key], value, rtol=0, atol=0)
-    assert any((half.state()[key] != value).any() for key, value in rest.state().items() if key.endswith("weight"))
+    learned = [key for key in rest.state() if key.endswith(("weight", "weights", "probability"))]
+    assert any((half.state()[key] != rest.state()[key]).any() for key in learned)
 
 
 @every_agent
