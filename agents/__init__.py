@@ -32,6 +32,7 @@ AGENTS: dict[str, str] = {
     "rloo": "dsa_gym.agents.rloo:RLOOAgent",
     "disarm": "dsa_gym.agents.disarm:DisARMAgent",
     "counterfactual": "dsa_gym.agents.counterfactual:CounterfactualAgent",
+    "exact_gradient": "dsa_gym.agents.exact_gradient:ExactGradientAgent",
     "gumbel": "dsa_gym.agents.gumbel:GumbelAgent",
     "hard_concrete": "dsa_gym.agents.hard_concrete:HardConcreteAgent",
     "linucb": "dsa_gym.agents.linucb:LinUCBAgent",

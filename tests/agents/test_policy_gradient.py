@@ -134,6 +134,26 @@ def test_learns_the_planted_problem(name: str, planted: Any, planted_env: Any) -
     assert share >= 0.98  # 0.985 to 0.990 were measured over four seeds
 
 
+def test_enumeration_is_the_exact_gradient(planted: Any, planted_env: Any) -> None:
+    problem = planted(0, users=1, each=1)
+    agent: Any = make_agent("exact_gradient", planted_env(problem), 0, entropy=0.0, observation_noise=0.0, batch_size=1)
+    observed = torch.cat([torch.from_numpy(problem.observations[key]) for key in sorted(problem.observations)], 1)
+    every = torch.cartesian_prod(*[torch.tensor([0.0, 1.0])] * problem.gates)
+    rewards = torch.from_numpy(problem.rewards(np.zeros(len(every), np.int64), every.numpy().astype(np.uint8))).float()
+    chance = bernoulli_log_prob(agent.network(observed), every).sum(-1).exp()
+    exact = torch.autograd.grad((chance * rewards).sum(), list(agent.network.parameters()))
+    taken: list[Tensor] = []
+    agent.optimizer.step = lambda: taken.extend(p.grad.clone() for p in agent.network.parameters())
+    agent.learn(1)
+    ours, theirs = torch.cat([g.flatten() for g in taken]), -torch.cat([g.flatten() for g in exact])
+    torch.testing.assert_close(ours / ours.norm(), theirs / theirs.norm(), rtol=1e-3, atol=1e-5)
+
+
+def test_enumeration_of_too_many_gates(planted: Any, planted_env: Any) -> None:
+    with pytest.raises(ValueError, match="11 gates, 'exact_gradient' enumerates the masks of at most 10"):
+        make_agent("exact_gradient", planted_env(planted(0, users=2, gates=11)))
+
+
 @every_learner
 def test_rewards_that_are_not_finite(
     name: str, planted: Any, planted_env: Any, monkeypatch: pytest.MonkeyPatch
