@@ -52,8 +52,9 @@ class MaskablePPOAgent(PPOFamilyAgent):
     def _run(self, steps: int, **settings: Any) -> None:
         super()._run(steps, use_masking=self._masked)
 
-    def _distribution(self, observed: Tensor) -> Any:
-        return self.model.policy.get_distribution(observed, self.allowed)
+    def _logits(self, observed: Tensor) -> Tensor:
+        logits: Tensor = self.model.policy.get_distribution(observed, self.allowed).logits
+        return logits
 
     def state(self) -> dict[str, Tensor]:
         """What every algorithm's state is, and the masks."""

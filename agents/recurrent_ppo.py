@@ -37,7 +37,9 @@ class RecurrentPPOAgent(PPOFamilyAgent):
         arguments["policy_kwargs"]["lstm_hidden_size"] = self.config["lstm"]
         return arguments
 
-    def _distribution(self, observed: Tensor) -> Any:
+    def _logits(self, observed: Tensor) -> Tensor:
         lstm, rows = self.model.policy.lstm_actor, len(observed)
         nothing = torch.zeros(lstm.num_layers, rows, lstm.hidden_size)
-        return self.model.policy.get_distribution(observed, (nothing, nothing), torch.ones(rows))[0]
+        distribution, _ = self.model.policy.get_distribution(observed, (nothing, nothing), torch.ones(rows))
+        logits: Tensor = distribution.distribution.logits
+        return logits

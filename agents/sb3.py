@@ -247,7 +247,7 @@ class SB3Agent(Agent):
         self.model.num_timesteps = int(tensors["steps"])
 
 
-class OnPolicyAgent(SB3Agent, LogitAgent):
+class OnPolicyAgent(LogitAgent, SB3Agent):
     """An agent that learns from what its present policy, independent Bernoulli gates, has just done."""
 
     minimum = {**SB3Agent.minimum, "hidden": 1, "n_steps": 1, "weight_decay": 0}
@@ -280,12 +280,12 @@ class OnPolicyAgent(SB3Agent, LogitAgent):
     def logits(self, observation: Observation) -> Tensor:
         """Logit of each gate (rows, G)."""
         self.model.policy.set_training_mode(False)
-        logits: Tensor = self._distribution(torch.from_numpy(self.view.flat(observation))).distribution.logits
-        return logits
+        return self._logits(torch.from_numpy(self.view.flat(observation)))
 
-    def _distribution(self, observed: Tensor) -> Any:
-        """The policy's distribution at observations (rows, dim)."""
-        return self.model.policy.get_distribution(observed)
+    def _logits(self, observed: Tensor) -> Tensor:
+        """The policy's logits (rows, G) at observations (rows, dim)."""
+        logits: Tensor = self.model.policy.get_distribution(observed).distribution.logits
+        return logits
 
 
 class PPOFamilyAgent(OnPolicyAgent):
@@ -470,5 +470,6 @@ def load_sb3_zip(agent: str, path: Path, env: Any, *, trust: bool = False, seed:
     try:
         made.load_state(made.state() | weights | {"steps": torch.tensor(saved.num_timesteps)})
     except RuntimeError as error:
-        raise ValueError(f"{path}: not a policy that agent {agent!r} could have made: {error}") from error
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path}: not a policy that agent {agent!r} could have made: {reason}") from error
     return made

@@ -6,7 +6,7 @@ the bottom, whose ``problem`` scores masks; they stack in any order that their s
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import gymnasium as gym
@@ -16,7 +16,7 @@ from gymnasium.vector import VectorEnv, VectorWrapper
 from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
-from dsa_gym.envs.core import discrete
+from dsa_gym.envs.core import binary, discrete
 
 Rewards = NDArray[np.float64]
 
@@ -191,6 +191,25 @@ class _Projected(_Scored):
         return gates
 
 
+class _Allowed(_Action):
+    """Gates that are not allowed are off, whatever the action says."""
+
+    def __init__(
+        self, inner: spaces.Space[Any], sizes: Callable[[], NDArray[np.float64]], *, allowed: Sequence[int]
+    ) -> None:
+        super().__init__(inner, sizes)
+        indices = np.asarray(allowed)
+        fits = indices.ndim == 1 and indices.size and indices.dtype.kind in "ui"
+        if not fits or indices.min() < 0 or indices.max() >= self.gates or len(np.unique(indices)) < len(indices):
+            raise ValueError(f"allowed={allowed!r}: expected different indices of gates, 0 to {self.gates - 1}")
+        self.mask = np.zeros(self.gates, np.bool_)
+        self.mask[indices] = True
+
+    def __call__(self, actions: NDArray[Any]) -> NDArray[Any]:
+        shape = np.shape(actions)
+        return binary(actions, shape[:-1], self.gates).reshape(shape) * self.mask
+
+
 class _ActionWrapper(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorArgs):
     change_class: ClassVar[type[_Action]]
 
@@ -271,3 +290,29 @@ class VectorBudgetProjection(_VectorActionWrapper):
     """:class:`BudgetProjection` of a batch."""
 
     change_class = _Projected
+
+
+class AllowedGates(_ActionWrapper):
+    """Some gates can never be on, such as those of pathways that a deployment does not carry.
+
+    ``AllowedGates(env, allowed=[0, 2, 5])`` forces all gates but these off, and tells agents of action masks which they
+    are.
+    """
+
+    change_class = _Allowed
+    _change: _Allowed
+
+    def action_masks(self) -> NDArray[np.bool_]:
+        """Whether each gate may be on (G,), as sb3-contrib's MaskablePPO asks."""
+        return self._change.mask.copy()
+
+
+class VectorAllowedGates(_VectorActionWrapper):
+    """:class:`AllowedGates` of a batch."""
+
+    change_class = _Allowed
+    _change: _Allowed
+
+    def action_masks(self) -> NDArray[np.bool_]:
+        """Whether each gate may be on, of each environment (environments, G)."""
+        return np.tile(self._change.mask, (self.num_envs, 1))

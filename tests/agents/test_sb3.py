@@ -312,7 +312,7 @@ def test_policy_of_stable_baselines(name: str, model: Any, planted: Any, planted
     problem = planted(0, users=10)
     env: Any = planted_env(problem)
     arch: Any = {"pi": [16, 8], "vf": [16, 8]}
-    settings: dict[str, Any] = {"n_steps": 32}
+    settings: dict[str, Any] = {"n_steps": 32} if name == "a2c" else {"n_steps": 32, "batch_size": 32}
     if name == "sac":
         env, arch, settings = RelaxedMask(env), [16, 8], {"learning_starts": 16}
     theirs = saved_by_sb3(model, env, tmp_path / "model.zip", policy_kwargs={"net_arch": arch}, **settings)
@@ -337,7 +337,7 @@ class Bomb:
 
 def test_loading_needs_trust(planted: Any, planted_env: Any, tmp_path: Path) -> None:
     env, path, exploded = planted_env(planted(0, users=4)), tmp_path / "model.zip", tmp_path / "exploded"
-    model = PPO("MultiInputPolicy", env, n_steps=32, device="cpu")
+    model = PPO("MultiInputPolicy", env, n_steps=32, batch_size=32, device="cpu")
     model.bomb = Bomb(exploded)  # type: ignore[attr-defined]
     model.save(path)
     with pytest.raises(ValueError, match=r"runs whatever code is in the file.*trust=True"):
@@ -361,10 +361,10 @@ def test_files_that_are_no_such_policy(planted: Any, planted_env: Any, tmp_path:
         ({"policy_kwargs": {"net_arch": {"pi": [8], "vf": [4]}}}, "net_arch=.*the same layers"),
         ({"policy_kwargs": {"activation_fn": torch.nn.ReLU}}, "activation_fn=ReLU, the agent's is Tanh"),
     ):
-        saved_by_sb3(PPO, env, tmp_path / "model.zip", n_steps=32, **settings)
+        saved_by_sb3(PPO, env, tmp_path / "model.zip", n_steps=32, batch_size=32, **settings)
         with pytest.raises(ValueError, match=message):
             load_sb3_zip("ppo", tmp_path / "model.zip", env, trust=True)
-    saved_by_sb3(PPO, env, tmp_path / "model.zip", n_steps=32)
+    saved_by_sb3(PPO, env, tmp_path / "model.zip", n_steps=32, batch_size=32)
     with pytest.raises(ValueError, match=r"not a policy that agent 'ppo' could have made: .*size mismatch"):
         load_sb3_zip("ppo", tmp_path / "model.zip", planted_env(planted(0, users=4, gates=5)), trust=True)
     other = planted_env(planted(0, users=4))

@@ -19,8 +19,8 @@ from dsa_gym.envs import wrappers
 from dsa_gym.envs.sb3 import GymnasiumVecEnv
 
 PLANTED: dict[str, Any] = {"users": 6, "inputs": 4}
-NAMES = ["RelativeReward", "NormalizeUserReward", "RelaxedMask", "DiscreteMask", "BudgetProjection"]
-SETTINGS: dict[str, dict[str, Any]] = {"BudgetProjection": {"budget": 0.25}}
+NAMES = ["RelativeReward", "NormalizeUserReward", "RelaxedMask", "DiscreteMask", "BudgetProjection", "AllowedGates"]
+SETTINGS: dict[str, dict[str, Any]] = {"BudgetProjection": {"budget": 0.25}, "AllowedGates": {"allowed": [1, 6]}}
 REWARDS, ACTIONS = NAMES[:2], NAMES[2:]
 
 
@@ -124,6 +124,24 @@ def test_relaxed_masks() -> None:
     assert scalar("RelaxedMask")._change(np.linspace(-1, 1, 8)).tolist() == [0] * 4 + [1] * 4
 
 
+@given(actions=hnp.arrays(np.int8, (4, 8), elements=st.integers(0, 1)))
+def test_gates_that_are_not_allowed(actions: np.ndarray) -> None:
+    envs = batch("AllowedGates")
+    envs.reset(seed=0)
+    masks = envs.action_masks()
+    assert masks.shape == (4, 8) and (masks == [0, 1, 0, 0, 0, 0, 1, 0]).all()
+    np.testing.assert_array_equal(scalar("AllowedGates").action_masks(), masks[0])
+    final = envs.step(actions)[4]["final_info"]
+    np.testing.assert_array_equal(final["active_parameters"], actions[:, 1] + actions[:, 6])
+    np.testing.assert_array_equal(envs._change(actions), actions * masks)
+
+
+@pytest.mark.parametrize("allowed", [[], [8], [-1], [1, 1], [0.5], 3, [[1]], [True]])
+def test_gates_that_there_are_not(allowed: Any) -> None:
+    with pytest.raises(ValueError, match="allowed="):
+        wrappers.AllowedGates(gym.make("DSA-Planted-v0"), allowed=allowed)
+
+
 def test_stable_baselines_trains_over_them() -> None:
     relaxed = VecMonitor(GymnasiumVecEnv(batch("RelativeReward", "RelaxedMask", num_envs=8)))
     SAC("MultiInputPolicy", relaxed, learning_starts=16, batch_size=16, gamma=0.0, seed=0, device="cpu").learn(64)
@@ -135,7 +153,7 @@ def test_stable_baselines_trains_over_them() -> None:
 def test_actions_that_cannot_be_meant(name: str) -> None:
     env = scalar(name)
     env.reset(seed=0)
-    wrong = [256, -1, 0.5] if name == "DiscreteMask" else [np.zeros(7), np.full(8, np.nan)]
+    wrong: list[Any] = [256, -1, 0.5] if name == "DiscreteMask" else [np.zeros(7), np.full(8, np.nan)]
     for action in wrong:
         with pytest.raises(ValueError, match="action: "):
             env.step(action)
