@@ -44,12 +44,15 @@ class Grid:
         agents: Agent to its settings that differ from the tuned ones.
         seeds: Number of seeds, counted from 0.
         options: What all cells have in common of :class:`dsa_gym.experiments.train.TrainConfig`.
+        steps: Agent to its environment steps where they are not those of ``options``: a step through the model's
+            gradient costs many times a looked-up one.
     """
 
     envs: Mapping[str, Mapping[str, Any]]
     agents: Mapping[str, Mapping[str, Any]]
     seeds: int
     options: Mapping[str, Any] = field(default_factory=dict)
+    steps: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Check every cell's configuration.
@@ -67,7 +70,12 @@ class Grid:
         """Folder and configuration of every cell, seed by seed, so that an early look has all agents."""
         return {
             out / "cells" / env / agent / f"seed{seed}": TrainConfig(
-                env=env, agent=agent, seed=seed, settings=dict(settings), **differs, **self.options
+                env=env,
+                agent=agent,
+                seed=seed,
+                settings=dict(settings),
+                **differs,
+                **{**self.options, **({"steps": self.steps[agent]} if agent in self.steps else {})},
             )
             for seed in range(self.seeds)
             for env, differs in self.envs.items()
@@ -76,7 +84,13 @@ class Grid:
 
     def record(self) -> dict[str, Any]:
         """As plain JSON values."""
-        values = {"envs": self.envs, "agents": self.agents, "seeds": self.seeds, "options": self.options}
+        values = {
+            "envs": self.envs,
+            "agents": self.agents,
+            "seeds": self.seeds,
+            "options": self.options,
+            "steps": self.steps,
+        }
         record: dict[str, Any] = json.loads(json.dumps(values))
         return record
 
@@ -161,7 +175,7 @@ def _claim(out: Path, grid: Grid) -> None:
         differ = [name for name in options if known["options"].get(name) != asked["options"].get(name)]
         differ += [
             f"{kind} {name!r}"
-            for kind in ("envs", "agents")
+            for kind in ("envs", "agents", "steps")
             for name, value in known[kind].items()
             if asked[kind].get(name) != value
         ]
@@ -176,10 +190,10 @@ def _claim(out: Path, grid: Grid) -> None:
 
 def _follow(outcomes: Outcomes, cells: Mapping[Path, TrainConfig], tasks: Sequence[Task]) -> None:
     """Show how far the cells are, in environment steps."""
-    total = sum(task.config.steps for task in tasks)
+    total, begun = sum(task.config.steps for task in tasks), sum(map(_steps, tasks))
     ended, failed, counted = len(cells) - len(tasks), 0, 0
     running = {task.folder: task for task in tasks}
-    with tqdm(total=total, unit="step", unit_scale=True, desc="compare") as bar:
+    with tqdm(total=total, initial=begun, unit="step", unit_scale=True, desc="compare") as bar:
         for outcome in outcomes:
             if outcome is not None:
                 task, error = outcome

@@ -93,7 +93,7 @@ def _parts(row: dict[str, Any], run: Path, config: TrainConfig, agent: Any, stat
 def _allowed(name: str, value: float, exact: bool) -> float:
     """Tolerance of a measure. A score divides by the headroom, which may be a thousandth of a reward."""
     if exact:
-        return 0.0
+        return 1e-12 * max(1.0, abs(value))  # another processor may add in another order
     return 1e-3 * max(1.0, abs(value)) if name == "normalized_score" else TOLERANCE * max(1.0, abs(value))
 
 
