@@ -7,6 +7,7 @@ continued by the same command, or by ``--resume`` and its folder: it ends with t
 
 from __future__ import annotations
 
+import inspect
 import json
 import time
 from collections.abc import Container
@@ -14,17 +15,21 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import pandas as pd
+from gymnasium.envs.registration import load_env_creator
 from tqdm import tqdm
 
 from dsa_gym import storage
 from dsa_gym.agents import agent_class, make_agent
 from dsa_gym.agents.base import Agent, zoo_defaults
+from dsa_gym.agents.sb3 import load_sb3_zip
 from dsa_gym.envs import ENVIRONMENTS, make_sb3_vec_env
 from dsa_gym.envs.wrappers import VectorDiscreteMask, VectorRelaxedMask
 from dsa_gym.experiments.monitor import Monitor, open_problem
 from dsa_gym.experiments.tensorboard import PolicyLog
+from dsa_gym.planted import PlantedConfig
 from dsa_gym.problem import Bits, GatingProblem
 from dsa_gym.search import Problem
 
@@ -53,6 +58,14 @@ def check_env(env_id: str, kinds: Container[str] = tuple(TAKES)) -> None:
     known = sorted(name for name, entry in ENVIRONMENTS.items() if entry.classes in TAKES and entry.classes in kinds)
     if env_id not in known:
         raise ValueError(f"env={env_id!r}: not a registered gating environment; expected one of {', '.join(known)}")
+
+
+def environment_arguments(env_id: str) -> set[str]:
+    """Names of the arguments that a registered environment takes."""
+    core: Any = load_env_creator(str(gym.spec(env_id).entry_point))
+    parameters = inspect.signature(core.core_class.__init__).parameters
+    names = {name for name, parameter in parameters.items() if parameter.kind == parameter.KEYWORD_ONLY}
+    return names | (set(PlantedConfig.__dataclass_fields__) if "instance" in parameters else set())
 
 
 @dataclass(frozen=True)
@@ -106,6 +119,11 @@ class TrainConfig:
         own = {*TAKES["gating:Gating"], "split", "num_envs", "domain", "actions", "render_mode"}
         if taken := sorted(own & set(self.env_settings)):
             raise ValueError(f"env_settings: {taken[0]!r} is set elsewhere")
+        known = environment_arguments(self.env) - own
+        if unknown := sorted(set(self.env_settings) - known):
+            raise ValueError(
+                f"env_settings: {self.env} takes no {unknown[0]!r}; expected one of {', '.join(sorted(known))}"
+            )
 
     @property
     def _takes(self) -> tuple[str, ...]:
@@ -133,10 +151,7 @@ class TrainConfig:
             ValueError: If the environment or the agent does not take its settings.
         """
         wrapper = WRAPPERS[agent_class(self.agent).acts_on]
-        try:
-            env = make_sb3_vec_env(self.env, self.num_envs, wrapper=wrapper, split=split, **self.env_arguments)
-        except TypeError as error:
-            raise ValueError(f"env_settings={self.env_settings}: {self.env} does not take them ({error})") from error
+        env = make_sb3_vec_env(self.env, self.num_envs, wrapper=wrapper, split=split, **self.env_arguments)
         env.seed(self.seed)
         env.reset()
         tuned = zoo_defaults(self.agent, self.env.replace("Table", ""))  # the same problem, looked up
@@ -225,6 +240,30 @@ def train_in(run: Path, config: TrainConfig, *, static: Bits | None = None) -> P
     manifest["scores"] = latest
     log.hparams({"agent": config.agent, "seed": config.seed, **agent.config}, latest)
     storage.write_json(run / "run.json", manifest)
+    return run
+
+
+def import_zip(path: Path, config: TrainConfig, run: Path, *, trust: bool = False) -> Path:
+    """Make a finished run of a policy that stable-baselines3's ``model.save`` wrote.
+
+    Args:
+        path: The zip file.
+        config: What it was trained on; ``agent`` is the agent of its algorithm.
+        run: The run's folder.
+        trust: That the file may run code, see :func:`dsa_gym.agents.sb3.load_sb3_zip`.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: If the file is not trusted or does not fit, or the folder holds another run.
+    """
+    made = config.make_agent()
+    agent = load_sb3_zip(config.agent, path, made.env, trust=trust, seed=config.seed, **made.config)
+    manifest = _claim(run, config, agent)
+    agent.save(run)
+    scores, _ = Monitor.of_env(config.env, **config.env_arguments)(agent)
+    storage.write_json(run / "run.json", {**manifest, "seconds": 0.0, "scores": scores})
     return run
 
 

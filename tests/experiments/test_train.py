@@ -12,15 +12,17 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import pytest
+from stable_baselines3 import PPO
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dsa_gym import storage
 from dsa_gym.agents import AGENTS
-from dsa_gym.agents.base import zoo_defaults
+from dsa_gym.agents.base import Agent, zoo_defaults
 from dsa_gym.bundle import Bundle
 from dsa_gym.experiments.cli import main
+from dsa_gym.experiments.evaluate import evaluate
 from dsa_gym.experiments.monitor import Monitor
-from dsa_gym.experiments.train import TrainConfig, load_run, train
+from dsa_gym.experiments.train import TrainConfig, load_run, read_curve, read_manifest, resume, train
 from dsa_gym.problem import GatingProblem
 
 Command = Callable[..., list[str]]
@@ -182,6 +184,60 @@ def test_killed_and_continued(
     assert set(range(128, 4097, 128)) == set(shown)
 
 
+@pytest.mark.parametrize("agent", ["ppo", "sac"])
+def test_resumed_run_on_computed_losses(
+    agent: str, bundle_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quiet_log: Any
+) -> None:
+    """Losses that are computed in batches, remembered, and forgotten: number for number the uninterrupted run."""
+    settings = {"hidden": [8], "batch_size": 16, "learning_rate": 0.01}
+    settings |= {"n_steps": 4} if agent == "ppo" else {"learning_starts": 8}
+    config = TrainConfig(
+        agent=agent,
+        bundle=str(bundle_folder),
+        granularity="component",
+        steps=96,
+        num_envs=4,
+        evaluate_every=32,
+        settings=settings,
+    )
+    whole, save = train(config, tmp_path / "whole"), Agent.save
+
+    def save_and_die(self: Agent, folder: Path) -> None:
+        save(self, folder)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Agent, "save", save_and_die)
+        for _ in range(2):
+            with pytest.raises(KeyboardInterrupt):
+                train(config, tmp_path / "killed")
+    killed = train(config, tmp_path / "killed")
+    assert (killed / "agent.safetensors").read_bytes() == (whole / "agent.safetensors").read_bytes()
+    first, second = (storage.read_json(run / "run.json")["scores"] for run in (whole, killed))
+    assert first == second
+
+
+def test_policy_of_stable_baselines_is_a_run(
+    bundle_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    env = gym.make("DSA-Text-v0", bundle=str(bundle_folder))
+    model = PPO(
+        "MultiInputPolicy", env, n_steps=32, batch_size=32, seed=0, device="cpu", policy_kwargs={"net_arch": [8]}
+    )
+    model.learn(32)
+    model.save(tmp_path / "theirs.zip")
+    command = ["import", str(tmp_path / "theirs.zip"), "--bundle", str(bundle_folder), "--out", str(tmp_path / "run")]
+    assert main(command) == 2
+    assert "runs whatever code is in the file" in capsys.readouterr().err and not (tmp_path / "run").exists()
+    assert main([*command, "--trust"]) == 0
+    config, agent = load_run(tmp_path / "run")
+    assert config.agent == "ppo" and agent.steps == 32 and agent.config["hidden"] == [8]
+    problem = config.problem("test")
+    expected, _ = model.predict(problem.observations, deterministic=True)
+    np.testing.assert_array_equal(agent.masks(problem), expected)
+    assert main([*command, "--trust"]) == 0, "the same run again"
+
+
 def test_a_run_that_was_killed_before_its_scores_gets_them(
     runs: list[Path], train_command: Command, tmp_path: Path
 ) -> None:
@@ -211,6 +267,87 @@ def test_every_agent_trains(bundle_folder: Path, tmp_path: Path, agent: str) -> 
         assert scores["seen/normalized_score"] == scores["unseen/normalized_score"] == 0
 
 
+SIZES = {
+    "ppo": {"epochs": 1, "hidden": [8], "batch_size": 64, "learning_rate": 0.01, "n_steps": 4},
+    "factored_ppo": {"batch_size": 8, "masks": 4, "minibatches": 2, "epochs": 2},
+    "rloo": {"batch_size": 8, "masks": 4},
+    "gumbel": {"batch_size": 8, "anneal_steps": 256},
+}
+
+
+@pytest.mark.parametrize("agent", sorted(SIZES))
+@pytest.mark.parametrize("env", ["DSA-TextTable-v0", "DSA-Planted-v0"])
+def test_interrupted_and_resumed_is_uninterrupted(
+    bundle_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quiet_log: Any, agent: str, env: str
+) -> None:
+    """Byte for byte: weights, optimiser, step count; number for number: the curve and the scores."""
+    bundle = None if env == "DSA-Planted-v0" else str(bundle_folder)
+    env_settings = {"users": 20, "inputs": 4} if bundle is None else {}
+    config = TrainConfig(env=env, agent=agent, bundle=bundle, steps=256, seed=3, num_envs=4, evaluate_every=64,
+                         settings=SIZES[agent], env_settings=env_settings)  # fmt: skip
+    whole = train(config, tmp_path / "whole")
+
+    class Interrupting(quiet_log):  # type: ignore[misc]
+        def scalars(self, step: int, values: dict[str, float]) -> None:
+            if step > 160:  # between two checkpoints
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr("dsa_gym.experiments.train.PolicyLog", Interrupting)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, tmp_path / "killed")
+    run = tmp_path / "killed" / whole.name
+    assert 0 < storage.read_json(run / "agent.json")["steps"] <= 160
+    monkeypatch.setattr("dsa_gym.experiments.train.PolicyLog", quiet_log)
+    assert resume(run) == run
+    assert (run / "agent.safetensors").read_bytes() == (whole / "agent.safetensors").read_bytes()
+    curves = [[{**row, "seconds": None} for row in read_curve(folder)] for folder in (run, whole)]
+    assert curves[0] == curves[1]
+    assert len(curves[0]) == 4
+    assert read_curve(run)[-1]["seconds"] == read_manifest(run)["seconds"]
+    assert read_manifest(run)["scores"] == read_manifest(whole)["scores"]
+
+
+def test_resume_takes_the_runs_own_settings(
+    runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dsa_gym.agents.ppo.PPOAgent.learn", lambda *_: pytest.fail("it learns again"))
+    before = snapshot(runs[0])
+    assert main(["train", "--resume", str(runs[0])]) == 0
+    assert "finished already" in capsys.readouterr().out
+    assert snapshot(runs[0]) == before
+    assert main(["train", "--resume", str(runs[0]), "--steps", "512"]) == 2
+    assert "--steps: not with --resume" in capsys.readouterr().err
+    assert main(["train", "--resume", str(tmp_path)]) == 2
+    assert "no run.json there" in capsys.readouterr().err
+    storage.write_json(tmp_path / "run.json", {"other": 1})
+    assert main(["train", "--resume", str(tmp_path)]) == 2
+    assert "run.json has no 'config'" in capsys.readouterr().err
+
+
+def test_scores_that_are_not_finite(
+    bundle_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quiet_log: Any
+) -> None:
+    config = TrainConfig(env="DSA-TextTable-v0", agent="none", bundle=str(bundle_folder), steps=8, num_envs=2)
+    monkeypatch.setattr(Monitor, "__call__", lambda *_: ({"unseen/reward": float("nan")}, {}))
+    with pytest.raises(FloatingPointError, match="none: scores are not finite"):
+        train(config, tmp_path)
+
+
+def test_arguments_of_environments(tmp_path: Path, quiet_log: Any) -> None:
+    arguments = ["train", "--env", "DSA-Planted-v0", "--agent", "static", "--l0-penalty", "1e-4", "--num-envs", "2"]
+    arguments += ["--env-set", "gates=512", "users=10", "noise=1e-1", "--logdir", str(tmp_path)]
+    assert main(arguments) == 0
+    run = tmp_path / "DSA-Planted-v0-static-seed0"
+    config, agent = load_run(run)
+    assert config.env_settings == {"gates": 512, "users": 10, "noise": 0.1}
+    assert (agent.gates, agent.scorer.l0_penalty) == (512, 1e-4)
+    assert storage.read_json(run / "run.json")["bundle"]["instance"]["noise"] == 0.1
+    result = evaluate([run])
+    assert result["oracle_kind"] == "exact"
+    assert result["normalized_score"]["mean"] == 0
+    assert result["ladder"]["reference"]["mean"] == result["ladder"]["oracle"]["mean"]
+
+
 def test_finer_gates(train_command: Command, tmp_path: Path) -> None:
     arguments = ["--granularity", "layer", "--steps", "128", "--agent", "all", "--set"]
     assert main([*train_command(tmp_path)[:-5], *arguments]) == 0
@@ -228,6 +365,12 @@ def test_finer_gates(train_command: Command, tmp_path: Path) -> None:
         ({"num_envs": 0}, "num_envs=0"),
         ({"evaluate_every": -5}, "evaluate_every=-5"),
         ({"seed": -1}, "seed=-1"),
+        ({"env": "DSA-TextTable-v0", "reward_metric": "rouge"}, "DSA-TextTable-v0 takes no reward_metric"),
+        ({"env": "DSA-Planted-v0", "bundle": "x"}, "DSA-Planted-v0 takes no bundle"),
+        ({"env": "DSA-TextBudget-v0"}, "env='DSA-TextBudget-v0'"),
+        ({"env": "DSA-Planted-v0", "env_settings": {"gate": 1}}, "takes no 'gate'; expected one of active, "),
+        ({"env": "DSA-TextTable-v0", "env_settings": {"gates": 1}}, "takes no 'gates'; expected one of episode_length"),
+        ({"env": "DSA-Planted-v0", "env_settings": {"split": "test"}}, "env_settings: 'split' is set elsewhere"),
     ],
 )
 def test_bad_configurations(settings: dict[str, Any], message: str) -> None:
