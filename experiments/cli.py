@@ -190,6 +190,14 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="override the agent's settings")
     train.set_defaults(parser=train)
 
+    imported = add("import", _import, "make a run of a policy that stable-baselines3's model.save wrote")
+    imported.add_argument("zip", type=Path)
+    imported.add_argument("--trust", action="store_true", help="you know who made it: it may run any code")
+    imported.add_argument("--env", default="DSA-Text-v0", help="what it was trained on")
+    imported.add_argument("--bundle", help="folder of a bundle (default: the shipped one)")
+    imported.add_argument("--agent", default="ppo", help="the agent of its algorithm")
+    imported.add_argument("--out", type=Path, required=True, metavar="RUN")
+
     compare = add("compare", _compare, "every agent on every environment with every seed; a killed grid continues")
     compare.add_argument("--env", nargs="+", required=True, metavar="ID")
     compare.add_argument("--agent", nargs="+", required=True, metavar="NAME")
@@ -198,6 +206,7 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--env-set", nargs="*", default=[], metavar="ENV.NAME=VALUE", help="arguments of environments")
     compare.add_argument("--set", nargs="*", default=[], metavar="AGENT.NAME=VALUE", help="override agents' settings")
     _train_arguments(compare)
+    compare.add_argument("--agent-steps", nargs="*", default=[], metavar="AGENT=N", help="where they are not --steps")
     compare.add_argument("--engine", default="local", help="local, or ray: the cluster of RAY_ADDRESS or one here")
     compare.add_argument("--workers", type=int, help="cells at a time (default: one per core)")
     compare.add_argument("--retry-failed", action="store_true", help="try failed cells again")
@@ -254,6 +263,8 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--bundle", help="folder of a bundle (default: the shipped one)")
     bench.add_argument("--rivals", action="store_true",
                        help="the text environment against Hugging Face, DummyVecEnv and peft; tables; PPO")  # fmt: skip
+    bench.add_argument("--masked", action="store_true",
+                       help="PPO under action masks against plain PPO and sb3-contrib's MaskablePPO")  # fmt: skip
     bench.add_argument("--num-envs", type=int, default=64)
     bench.add_argument("--repetitions", type=int, default=30)
     bench.add_argument("--seed", type=int, default=0)
@@ -580,6 +591,15 @@ def _train(parsed: argparse.Namespace) -> None:
     console.print(f"run: {run}\nnext: dsa-gym evaluate {run}\n      tensorboard --logdir {run.parent}")
 
 
+def _import(parsed: argparse.Namespace) -> None:
+    from dsa_gym.experiments.train import TrainConfig, import_zip
+
+    bundle = str(Path(parsed.bundle).resolve()) if parsed.bundle else None
+    config = TrainConfig(env=parsed.env, agent=parsed.agent, bundle=bundle)
+    run = import_zip(parsed.zip, config, parsed.out, trust=parsed.trust)
+    console.print(f"run: {run}\nnext: dsa-gym evaluate {run}")
+
+
 def _train_config(parsed: argparse.Namespace) -> TrainConfig:
     from dsa_gym.agents import agent_class
     from dsa_gym.experiments.train import TrainConfig
@@ -653,7 +673,15 @@ def _grid(parsed: argparse.Namespace) -> Grid:
     for name, texts in _by_owner(parsed.env_set, ".", parsed.env, "--env-set").items():
         envs[name]["env_settings"] = _env_settings(texts)
     agents = {name: _agent_settings(name, settings.get(name, [])) for name in parsed.agent}
-    return Grid(envs, agents, parsed.seeds, {name: getattr(parsed, name) for name in TRAIN_OPTIONS})
+    options = {name: getattr(parsed, name) for name in TRAIN_OPTIONS}
+    steps = _by_owner(parsed.agent_steps, "=", parsed.agent, "--agent-steps")
+    return Grid(envs, agents, parsed.seeds, options, {name: _count(texts[-1]) for name, texts in steps.items()})
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError(f"--agent-steps: {text!r}, expected a positive number")
+    return int(text)
 
 
 def _by_owner(texts: Sequence[str], separator: str, owners: Sequence[str], option: str) -> dict[str, list[str]]:
@@ -776,6 +804,11 @@ def _bench(parsed: argparse.Namespace) -> None:
 
         result = rivals.rivals(repetitions=parsed.repetitions, seed=parsed.seed)
         rivals.show(result, console)
+    elif parsed.masked:
+        from dsa_gym.experiments import masked_bench
+
+        result = masked_bench.masked_bench(repetitions=parsed.repetitions, seed=parsed.seed)
+        masked_bench.show(result, console)
     else:
         result = bench(parsed.env, parsed.bundle, parsed.num_envs, parsed.repetitions, parsed.seed)
         show(result, console)
