@@ -6,6 +6,7 @@ for a deterministic policy they are the decisions themselves. Entropies, diverge
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import NamedTuple
 
 import numpy as np
@@ -153,6 +154,9 @@ def by_user(masks: Bits, users: NDArray[np.int64]) -> UserMasks:
     """Summarise masks (n, G) of inputs whose users are (n,)."""
     names, first = np.unique(users, return_index=True)
     own = [masks[users == name] for name in names]
-    found = [np.unique(each, axis=0, return_counts=True) for each in own]
-    frequent = np.stack([kinds[counts.argmax()] for kinds, counts in found])
-    return UserMasks(names, first, np.stack([each.mean(0) for each in own]), frequent)
+    return UserMasks(names, first, np.stack([each.mean(0) for each in own]), np.stack([*map(_most_frequent, own)]))
+
+
+def _most_frequent(masks: Bits) -> Bits:
+    """The most frequent of masks (rows, G), the first of those that are equally so."""
+    return np.frombuffer(Counter(map(bytes, masks)).most_common(1)[0][0], dtype=np.uint8)
