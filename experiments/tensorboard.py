@@ -28,7 +28,6 @@ from typing import Any, Protocol
 import matplotlib
 import numpy as np
 import torch
-from google.protobuf import text_format
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from tensorboard.plugins.projector import ProjectorConfig
@@ -389,7 +388,7 @@ def write_projector(folder: Path, embeddings: NDArray[np.float32], rows: list[tu
     embedding.tensor_path, embedding.metadata_path = "projector/embeddings.tsv", "projector/users.tsv"
     embedding.sprite.image_path = "projector/masks.png"
     embedding.sprite.single_image_dim.extend([_TILE, _TILE])
-    storage.write_text(folder / PROJECTOR_FILENAME, text_format.MessageToString(config))
+    storage.write_text(folder / PROJECTOR_FILENAME, str(config))
 
 
 _TILE = 16  # pixels
