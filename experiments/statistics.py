@@ -27,7 +27,7 @@ Interval = dict[str, float]
 """``mean`` (the point estimate), ``low`` and ``high`` of its 95 % interval."""
 
 SAMPLES = 2000
-"""Bootstrap samples."""
+"""Bootstrap samples of numbers that are read; curves and the many pairs have a quarter."""
 
 FEWEST_SEEDS = 3
 """With fewer, an interval over seeds says little."""
@@ -168,7 +168,7 @@ class Scores:
     def improvement(self, one: str, other: str) -> Interval:
         """Probability that a run of one agent serves a user better than a run of another, averaged over users."""
         pair = [self.users(agent) for agent in (one, other)]
-        return estimates({"pair": pair}, probability_of_improvement)["pair"][0]
+        return estimates({"pair": pair}, probability_of_improvement, SAMPLES // 4)["pair"][0]
 
     def profiles(self, levels: Array) -> dict[str, tuple[Array, Array, Array]]:
         """Performance profiles: the share of users and runs whose score is above each level, with its interval.
@@ -194,21 +194,26 @@ def interquartile_mean(scores: Mapping[str, Array]) -> dict[str, Interval]:
 
 def learning_curve(scores: Array) -> tuple[Array, Array, Array]:
     """Interquartile mean of scores (seeds, evaluations) at each evaluation, with the interval's low and high end."""
-    found = estimates({"agent": scores[:, None]}, lambda runs: trim_mean(runs.reshape(-1, runs.shape[-1]), 0.25))
+    found = estimates(
+        {"agent": scores[:, None]}, lambda runs: trim_mean(runs.reshape(-1, runs.shape[-1]), 0.25), SAMPLES // 4
+    )
     values = [[value[name] for value in found["agent"]] for name in ("mean", "low", "high")]
     mean, low, high = (np.asarray(value) for value in values)
     return mean, low, high
 
 
-def estimates(scores: Mapping[str, Any], function: Callable[..., Array]) -> dict[str, list[Interval]]:
+def estimates(
+    scores: Mapping[str, Any], function: Callable[..., Array], samples: int = SAMPLES
+) -> dict[str, list[Interval]]:
     """What a function makes of scores (runs, tasks, ...), with stratified bootstrap intervals.
 
     Args:
         scores: Name to scores, or to a list of scores that the function takes one by one.
         function: Gives a vector.
+        samples: Bootstrap samples.
     """
     with _seeded():
-        points, bounds = rliable_library().get_interval_estimates(dict(scores), function, reps=SAMPLES)
+        points, bounds = rliable_library().get_interval_estimates(dict(scores), function, reps=samples)
     return {
         name: [
             {"mean": float(mean), "low": float(low), "high": float(high)}
