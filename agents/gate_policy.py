@@ -72,7 +72,11 @@ class StructuredPolicy(nn.Module):
         self.register_buffer("features", torch.from_numpy(np.asarray(features, np.float32)), persistent=False)
         described = self.features.shape[1]
         self.state = perceptron([observed, *hidden, hidden[-1]], last=0.01)  # every gate starts at one half
-        self.gate = perceptron([described, *hidden, hidden[-1]])
+        self.gate = nn.Sequential(*perceptron([described, *hidden, hidden[-1]]), nn.LayerNorm(hidden[-1], bias=False))
+        for layer in self.gate:  # gates that are described differently get codes that differ, of equal length
+            if isinstance(layer, nn.Linear):
+                nn.init.orthogonal_(layer.weight)
+                nn.init.zeros_(layer.bias)
         self.bias = nn.Linear(described, 1)
         nn.init.zeros_(self.bias.weight)
         nn.init.zeros_(self.bias.bias)

@@ -161,3 +161,31 @@ def test_all_gates_counts_in_binary() -> None:
     assert (every.long() @ (2 ** torch.arange(8))).tolist() == list(range(2**8))
     with pytest.raises(ValueError, match=r"granularity='element': 2\^64 masks"):
         all_gates(MaskSpace(SHAPE, "element"))
+
+
+@settings(max_examples=25)
+@given(shape=shapes())
+def test_features_of_a_gate_are_the_mean_of_its_parts(shape: AdapterShape) -> None:
+    """Of a coarse gate: the parameters' features, but for the size, which is a logarithm."""
+    parts = MaskSpace(shape, "element").features
+    for granularity in GRANULARITIES[:-1]:
+        space = MaskSpace(shape, granularity)
+        assert space.features.shape == (space.gates, parts.shape[1]) and space.features.dtype == torch.float32
+        for gate in range(space.gates):
+            one_on = torch.eye(space.gates)[[gate]]
+            own = parameter_mask(shape, space, one_on)[0].bool()
+            # a component's features count once, however wide its site is
+            component = shape.component_of()[own].unique()
+            first = [int((shape.component_of() == c).nonzero()[0]) for c in component]
+            torch.testing.assert_close(space.features[gate, :-1], parts[first][:, :-1].mean(0))
+            values = torch.arange(float(shape.size))
+            torch.testing.assert_close(space.gate_means(values)[gate], values[own].mean())
+        share = torch.pow(float(shape.size), space.features[:, -1]) if shape.size > 1 else torch.ones(space.gates)
+        torch.testing.assert_close(share, space.sizes / shape.size, rtol=1e-4, atol=1e-6)
+
+
+def test_features_tell_gates_apart() -> None:
+    sites = tuple(Site(f"{i}", i // 2, ("attention", "feed_forward")[i % 2], 4) for i in range(6))
+    for granularity in GRANULARITIES[:-1]:
+        features = MaskSpace(AdapterShape(sites, rank=6, pathways=2), granularity).features
+        assert len(features.unique(dim=0)) == len(features)
