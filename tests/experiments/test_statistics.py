@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -75,7 +76,7 @@ def test_a_difference_takes_the_seeds_that_both_have(rng: np.random.Generator) -
     scores = Scores.of(table(rewards, np.ones(10, np.int64)), "E", "seen")
     expected = (rewards["one"][:2] - rewards["other"]).mean() / 0.5
     assert scores.difference("one", "other")["mean"] == pytest.approx(expected)
-    apart = Scores(**{**vars(scores), "seeds": {"one": [0, 1, 2, 3], "other": [7, 8]}})
+    apart = replace(scores, seeds={"one": [0, 1, 2, 3], "other": [7, 8]})
     with pytest.raises(ValueError, match="one and other have no seed in common"):
         apart.difference("one", "other")
 

@@ -30,7 +30,7 @@ SCORES = ("loss", "penalty", "reward", "active_parameters", "density", "normaliz
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_run_json(runs: list[Path], bundle_folder: Path) -> None:
