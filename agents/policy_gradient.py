@@ -104,14 +104,17 @@ class PolicyGradientAgent(NetworkAgent):
                 on_update(self._steps, scalars)
 
     def improve(self, objective: Tensor, logits: Tensor) -> None:
-        """One step of the optimiser up an objective, a scalar, and the entropy bonus per gate.
+        """One step of the optimiser up an objective, a scalar, and the mean entropy of a gate, weighed by ``entropy``.
+
+        Advantages are scaled to one, so of G gates each can explain ``1 / sqrt(G)`` of them: so is the weight. A bonus
+        that is too small for that freezes gates of little weight before they are right.
 
         Raises:
             FloatingPointError: If the objective is not finite.
         """
         if not torch.isfinite(objective):
             raise FloatingPointError(f"{self.name}: objective is {objective.item()} after {self._steps} steps")
-        bonus = self.config["entropy"] * bernoulli_entropy(logits).mean()
+        bonus = self.config["entropy"] / self.gates**0.5 * bernoulli_entropy(logits).mean()
         self.optimizer.zero_grad()
         (-(objective + bonus)).backward()
         nn.utils.clip_grad_norm_(self.network.parameters(), 0.5)
