@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 
@@ -176,7 +176,8 @@ def _readable_errors(repo: str, revision: str | None = None) -> Iterator[None]:
     """Say in our words what went wrong between here and the Hub."""
     from huggingface_hub import constants, errors
 
-    transport = errors.HfHubHTTPError.__bases__[0]  # of the HTTP library, which is not the same in all versions
+    # of the HTTP library, which is not the same in all versions
+    transport = cast(type[Exception], errors.HfHubHTTPError.__bases__[0])
     try:
         yield
     except (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError) as error:

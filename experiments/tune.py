@@ -216,6 +216,9 @@ def _claim(config: TuneConfig, folder: Path, space: dict[str, Any], command: str
         return record
     found: dict[str, Any] = storage.read_json(path)
     same = {**found, "config": {**found["config"], "trials": config.trials}}
+    if sum(row["state"] in ENDED for row in found.get("trials", [])) >= config.trials:
+        # nothing is left to run, so the zoo file may have changed since
+        same["settings"], asked["search"] = asked["settings"], found["search"]
     if any(same.get(name) != value for name, value in asked.items()):
         raise ValueError(f"out: {folder} holds a study of another configuration, bundle or zoo file; give a new folder")
     return {**found, **asked, "command": command}
@@ -409,7 +412,7 @@ def fragment(record: Mapping[str, Any]) -> dict[str, Any]:
     """What a study adds to the agent's zoo file: its best settings where they differ, and where they come from."""
     best = next(row for row in record["trials"] if row["number"] == record["best"])
     settings = {**record["defaults"], **best["settings"]}
-    differ = {name: value for name, value in settings.items() if value != record["settings"][name]}
+    differ = {name: value for name, value in settings.items() if value != record["settings"].get(name)}
     states = [row["state"] for row in record["trials"]]
     about = {
         "command": record["command"],

@@ -142,6 +142,12 @@ def test_more_trials_and_none_again(
     assert trials(longer) == trials(record)[:3]
     monkeypatch.setattr("dsa_gym.agents.rloo.RLOOAgent.learn", lambda *_: pytest.fail("it learns again"))
     assert trials(tune(STUDY, finished)) == trials(record)
+    # what is finished can be written though the zoo file has changed since; what is not would mix two studies
+    changed = {**zoo("rloo"), "search": {"masks": {"choices": [8, 32]}}}
+    monkeypatch.setattr(tuning, "zoo", lambda name: changed)
+    assert trials(tune(STUDY, finished)) == trials(record)
+    with pytest.raises(ValueError, match="holds a study of another configuration"):
+        tune(replace(STUDY, trials=5), finished)
 
 
 @pytest.mark.parametrize(
