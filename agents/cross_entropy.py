@@ -87,8 +87,8 @@ class CrossEntropyAgent(MaskAgent):
         if not np.isfinite(rewards).all():
             raise FloatingPointError(f"{self.name}: a reward is not finite after {self._steps} steps")
         cell = (np.arange(population)[:, None] * groups + group).ravel()
-        score = np.bincount(cell, rewards, population * groups).reshape(population, groups)
-        score /= np.bincount(group, minlength=groups)
+        total = np.bincount(cell, rewards, population * groups).reshape(population, groups)
+        score = total / np.bincount(group, minlength=groups)
         elites = np.argsort(-score, axis=0, kind="stable")[: max(1, round(self.config["elite"] * population))]
         best = np.take_along_axis(masks, elites[..., None], axis=0).mean(0)  # (groups, G)
         smoothing = self.config["smoothing"]

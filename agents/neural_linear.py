@@ -50,13 +50,14 @@ class NeuralLinearAgent(BanditAgent):
 
     def features(self, user: Tensor, context: Tensor) -> Tensor:
         """``[1, tanh(network)]``."""
-        hidden = torch.tanh(self.network(torch.cat([user, context], dim=1)))
+        hidden: Tensor = torch.tanh(self.network(torch.cat([user, context], dim=1)))
         return torch.cat([torch.ones(len(user), 1), hidden], dim=1)
 
     def choose(self, worth: Tensor, deviations: Tensor, generator: torch.Generator) -> Tensor:
         """The sign of a draw from the posterior."""
         spread = self.config["exploration"] * deviations.square().sum(0).sqrt()
-        return worth + spread * torch.randn(worth.shape, generator=generator) > 0
+        drawn: Tensor = worth + spread * torch.randn(worth.shape, generator=generator)
+        return drawn > 0
 
     def update(self, observed: list[Tensor], z: Tensor, gates: Tensor, generator: torch.Generator) -> None:
         """Train the network, and fit the linear model to its new features."""
@@ -68,7 +69,7 @@ class NeuralLinearAgent(BanditAgent):
             found = ((self.features(*(v[inputs] for v in observed)) @ self.head.T) * centred(masks)).sum(1)
             loss = (found + self.offsets[inputs] - rewards).square().mean() / self.noise.square()
             self.optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             torch.nn.utils.clip_grad_norm_([*self.network.parameters(), self.head], 1.0)
             self.optimizer.step()
         with torch.no_grad():

@@ -172,3 +172,11 @@ def test_searches_know_the_instance() -> None:
     assert means["oracle"] == pytest.approx(problem.best_rewards(np.arange(1))[0], abs=1e-6)
     assert ladder.oracle_kind == "exact"
     assert problem.fingerprint["instance"]["gates"] == 512
+
+
+def test_gates_are_described_alike_whatever_their_number() -> None:
+    few, many = (PlantedProblem(PlantedConfig(users=1, inputs=1, gates=gates)).gate_features for gates in (8, 64))
+    assert few.dtype == np.float32 and many.shape == (64, few.shape[1])
+    np.testing.assert_array_equal(many[:8], few)
+    assert len(np.unique(many, axis=0)) == 64
+    assert len(PlantedProblem(PlantedConfig(users=1, inputs=1, gates=8)).gate_magnitudes()) == 8

@@ -338,3 +338,15 @@ def test_compiled_losses_are_the_same(bundle: Bundle, make: Make) -> None:
     for seed in range(2):
         inputs, gates = some(problem, 8, seed)
         np.testing.assert_allclose(problem.losses(inputs, gates), make(cache_bytes=0).losses(inputs, gates), atol=1e-4)
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_magnitude_of_a_gate_is_that_of_the_parameters_it_switches(granularity: str, make: Make) -> None:
+    problem = make(granularity=granularity)
+    magnitudes, library = problem.gate_magnitudes(), problem.bundle.phi_meta
+    assert magnitudes.shape == (problem.gates,) and len(problem.gate_features) == problem.gates
+    component = problem.bundle.shape.component_of()
+    for gate in np.linspace(0, problem.gates - 1, 5).astype(int):
+        mask = problem.space.expand(torch.eye(problem.gates)[[gate]])[0]
+        switched = mask.bool() if granularity == "element" else mask.flatten()[component].bool()
+        assert magnitudes[gate] == pytest.approx(library[switched].square().mean().sqrt().item(), rel=1e-5)
