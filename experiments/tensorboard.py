@@ -138,10 +138,12 @@ class PolicyLog:
         The values of the scores are those of the scalars with the same names at the last evaluation.
         """
         plain = {
-            name: value if isinstance(value, int | float | str | bool) else str(value)
+            name: value if isinstance(value, int | float | str) and not isinstance(value, bool) else str(value)
             for name, value in settings.items()
         }
-        for summary in hparams(plain, scores):
+        # the dashboard shows the first few: what runs are compared by
+        names = sorted(scores, key=lambda name: (not name.endswith("normalized_score"), not name.startswith("unseen")))
+        for summary in hparams(plain, {name: scores[name] for name in names}):
             self._writer.file_writer.add_summary(summary)  # type: ignore[union-attr]  # open until close()
         self._writer.close()
 
@@ -237,26 +239,28 @@ def layout(*, optimum_known: bool) -> dict[str, dict[str, list[Any]]]:
     def both(name: str) -> list[Any]:
         return lines(f"unseen/{name}", f"seen/{name}")
 
-    quality = {"Normalised score (0 = best static mask, 1 = reference gate)": both("normalized_score")}
+    # titles of more than a line would cover the charts
+    quality = {"Score: 0 best static, 1 reference": both("normalized_score")}
     for part in ("unseen", "seen"):
         tags = [f"{part}/gain_over_static{end}" for end in _INTERVAL.values()]
-        quality[f"Gain over static, {part} users, 95 % interval"] = ["Margin", tags]
+        quality[f"Gain over static, {part}, 95 %"] = ["Margin", tags]
     uses = {
         "Information in a gate (nats)": lines("uses/user_information", "uses/input_information"),
         "Score with the masks of others": lines(
             "uses/score", "uses/score_shuffled_users", "uses/score_shuffled_inputs"
         ),
         "Distinct masks": lines("diversity/distinct"),
-        "Entropy of the masks (nats), distance of two (gates)": lines("diversity/entropy", "diversity/hamming"),
+        "Entropy of masks (nats)": lines("diversity/entropy"),
+        "Distance of two masks (gates)": lines("diversity/hamming"),
     }
     gates = {
-        "Activation: mean, least and most active gate": [
+        "Activation: mean, least, most": [
             "Margin",
             ["policy/activation", "policy/least_active", "policy/most_active"],
         ],
         "Activation": lines("gate_activation/.*"),
         "Entropy (nats)": lines("gate_entropy/.*"),
-        "KL divergence from the evaluation before (nats)": lines("gate_kl/.*"),
+        "KL from the evaluation before": lines("gate_kl/.*"),
         "Information on the user (nats)": lines("gate_user_information/.*"),
         "Information on the input (nats)": lines("gate_input_information/.*"),
     }
@@ -276,8 +280,7 @@ def layout(*, optimum_known: bool) -> dict[str, dict[str, list[Any]]]:
         "Gates": gates,
         "Training": {
             "Losses": lines("train/.*loss"),
-            "Entropy and KL divergence per gate (nats)": lines("policy/.*_per_gate"),
-            "Reward in training": lines("rollout/ep_rew_mean", "train/reward"),
+            "Entropy and KL per gate (nats)": lines("policy/.*_per_gate"),
             "Seconds of an analysis": lines("time/analysis_seconds"),
         },
     }
@@ -311,12 +314,12 @@ def heatmap(values: Floats, rows: Sequence[str], columns: Sequence[str], *, acro
     Not with matplotlib: its layout takes a third of a second, which is more than all the rest of an evaluation.
     """
     height, width = values.shape
-    cell = int(np.clip(768 // max(height, width), 2, 24))
+    cell = int(np.clip(768 // max(height, width), 2, 20))
     named = {"rows": cell >= _FONT_SIZE, "columns": cell >= _text_width(columns[-1])}
     left = max((_text_width(name) for name in rows), default=0) + 2 * _MARGIN if named["rows"] else _MARGIN
     top = _FONT_SIZE * (3 if named["columns"] else 2) + _MARGIN
     right, bottom = left + cell * width, top + cell * height
-    image = Image.new("RGB", (max(right + 60, left + _text_width(across)), max(bottom, top + 80) + _MARGIN), "white")
+    image = Image.new("RGB", (max(right + 42, left + _text_width(across)), max(bottom, top + 80) + _MARGIN), "white")
     draw = ImageDraw.Draw(image)
     image.paste(_coloured(values, cell), (left, top))
     draw.text((left, _MARGIN), across, "black", _font())
@@ -422,7 +425,7 @@ class ExamplePanel:
             masks: Decisions for all inputs (n, G).
             decode: Whether to add what the model makes of the inputs.
         """
-        rows, pictures = [], []
+        examples, pictures = [], []
         nothing = np.zeros(self._problem.gates, dtype=np.uint8)
         for index in self.inputs.tolist():
             mask = masks[index]
@@ -434,11 +437,11 @@ class ExamplePanel:
             user = _user_name(self._problem, int(self._problem.user[index]))
             texts = {name: part for name, part in parts.items() if isinstance(part, str)}
             numbers = {"loss with the mask": f"{loss:.4g}", "loss, nothing on": f"{without:.4g}"}
-            rows.append({"user": user, "mask": _bits(mask), **numbers, **texts})
+            examples.append({"user": user, "mask": _bits(mask), **numbers, **texts})
             pictures.append({name: part for name, part in parts.items() if not isinstance(part, str)})
-        writer.add_text("examples", markdown_table(rows), step)
+        writer.add_text("examples", markdown_table(examples), step)
         if pictures[0]:
-            gallery = _gallery(pictures, [row["user"] for row in rows])
+            gallery = _gallery(pictures, [example["user"] for example in examples])
             writer.add_image("examples/pictures", gallery, step, dataformats="HWC")
 
     def describe(self, index: int) -> dict[str, Any]:
@@ -458,10 +461,10 @@ class ExamplePanel:
         return self._made[key]
 
 
-def markdown_table(rows: list[dict[str, str]]) -> str:
-    """A Markdown table with a row for each dictionary; the keys of the first are the columns."""
-    columns = list(rows[0])
-    lines = [columns, ["---"] * len(columns), *([_escape(row[name]) for name in columns] for row in rows)]
+def markdown_table(examples: list[dict[str, str]]) -> str:
+    """A Markdown table with a column for each example, headed by its first entry, and a row for each further one."""
+    lines = [[name, *(_escape(example[name]) for example in examples)] for name in examples[0]]
+    lines.insert(1, ["---"] * (len(examples) + 1))
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import io
 import re
 from collections import Counter
@@ -255,7 +256,7 @@ def test_heatmap_colours_its_cells() -> None:
     picture = heatmap(np.array([[0.0, 1.0, 0.5]]), ["one row"], ["0", "1", "2"], across="gates").astype(int)
     row = np.flatnonzero((picture != 255).any(2).sum(1) > 60)[0] + 12  # through the middle of the cells
     colours = [tuple(colour) for colour in picture[row].tolist()]
-    cells = [colour for colour, times in Counter(colours).items() if times == 24]
+    cells = [colour for colour, times in Counter(colours).items() if times == 20]
     assert sorted(cells, key=colours.index) == [(68, 1, 84), (253, 231, 37), (33, 145, 140)]
 
 
@@ -278,39 +279,47 @@ def test_activation_map_of_a_planted_instance(planted: Monitor) -> None:
     assert (values.tolist(), names, across) == ([[0.1, 0.2, 0.3, 0.4]], ["channel 0"], "positions")
 
 
-def test_examples(runs: list[Path], watched: Any, events: Any) -> None:
+def columns_of(table: str) -> list[dict[str, str]]:
+    """The examples of a panel, each by the names of the rows."""
+    cells = [[cell.strip() for cell in line[1:-1].split(" | ")] for line in table.splitlines()]
+    assert set(cells.pop(1)) == {"---"}
+    names, *examples = zip(*cells, strict=True)
+    return [{name: re.sub(r"\\(.)", r"\1", text) for name, text in zip(names, each, strict=True)} for each in examples]
+
+
+def test_examples(watched: Any, events: Any) -> None:
     _, problem, decisions = watched
-    table = text_of(events, "examples").splitlines()
-    panel = ExamplePanel(problem)
-    assert len(table) == 2 + len(panel.inputs) == 4  # two users
-    head, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in [table[0], *table[2:]])
+    shown = columns_of(text_of(events, "examples"))
+    inputs = ExamplePanel(problem).inputs
+    assert len(shown) == len(inputs) == 2  # users
     nothing = np.zeros(4, np.uint8)
-    for index, cells in zip(panel.inputs, rows, strict=True):
-        row = dict(zip(head, cells, strict=True))
+    for index, example in zip(inputs, shown, strict=True):
         mask = decisions[index]
-        assert row["mask"] == "".join(map(str, mask))
+        assert example["mask"] == "".join(map(str, mask))
         losses = problem.losses(np.array([index, index]), np.stack([mask, nothing]))
-        plain = {name: re.sub(r"\\(.)", r"\1", text) for name, text in row.items()}
-        assert plain["loss with the mask"] == f"{losses[0]:.4g}"
-        assert plain["loss, nothing on"] == f"{losses[1]:.4g}"
-        assert plain["user"] == problem.bundle.users[int(problem.user[index])]
-        written = problem.outcome(int(index), mask)["model writes"]
-        assert plain["model writes, with the mask"].replace("&lt;", "<") == " ".join(written.split())
+        assert example["loss with the mask"] == f"{losses[0]:.4g}"
+        assert example["loss, nothing on"] == f"{losses[1]:.4g}"
+        assert example["user"] == problem.bundle.users[int(problem.user[index])]
+        for how, gates in (("with the mask", mask), ("nothing on", nothing)):
+            written = problem.outcome(int(index), gates)["model writes"]
+            assert html.unescape(example[f"model writes, {how}"]) == " ".join(written.split())
+        assert example["prompt"]
+        assert example["continuation"]
 
 
 def test_examples_without_the_model(planted: Monitor, tmp_path: Path) -> None:
     policy = Chance([0.9, 0.1, 0.1, 0.1], steps=10)
-    table = text_of(write(tmp_path, planted, policy), "examples").splitlines()
-    assert table[0] == "| user | mask | loss with the mask | loss, nothing on | best mask |"
-    problem = planted.problems["unseen"]
-    best = problem.optimum(np.array([0]))[0]
-    assert table[2].split("|")[2].strip() == "1000"
-    assert table[2].split("|")[5].strip() == "".join(map(str, best))
+    examples = columns_of(text_of(write(tmp_path, planted, policy), "examples"))
+    problem: Any = planted.problems["unseen"]
+    assert [example["mask"] for example in examples] == ["1000"] * 3
+    assert [example["user"] for example in examples] == ["user-0", "user-2", "user-4"]
+    best = problem.optimum(ExamplePanel(problem).inputs)
+    assert [example["best mask"] for example in examples] == ["".join(map(str, mask)) for mask in best]
 
 
 def test_markdown_shows_text_as_it_is() -> None:
     table = markdown_table([{"a": "x|y *z*\nnext", "b": "<b>`c`"}])
-    assert table.splitlines()[-1] == r"| x\|y \*z\* next | &lt;b&gt;\`c\` |"
+    assert table.splitlines() == [r"| a | x\|y \*z\* next |", "| --- | --- |", r"| b | &lt;b&gt;\`c\` |"]
 
 
 def test_users_for_the_projector(runs: list[Path], watched: Any) -> None:
@@ -388,9 +397,10 @@ def test_divergence_is_from_the_evaluation_before(planted: Monitor, tmp_path: Pa
     assert [event.value for event in resumed] == [event.value for event in whole]
 
 
-def test_a_policy_without_probabilities(bundle_folder: Path, tmp_path: Path) -> None:
+def test_a_policy_without_probabilities(tmp_path: Path) -> None:
     """An agent that only decides has no entropy, and tells of inputs what its decisions tell."""
-    config = TrainConfig(agent="oracle", bundle=str(bundle_folder), steps=1, num_envs=2)
+    instance = {"users": 5, "inputs": 3, "gates": 4}
+    config = TrainConfig(env="DSA-Planted-v0", agent="oracle", steps=1, num_envs=2, env_settings=instance)
     events = read(train(config, tmp_path))
     tags = events.Tags()["scalars"]
     assert not [tag for tag in tags if "entropy_per_gate" in tag or "kl" in tag]
