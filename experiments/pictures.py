@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
 
 from dsa_gym.experiments import statistics
 from dsa_gym.experiments.statistics import Interval, Scores
@@ -55,7 +56,7 @@ def scores_picture(parts: Mapping[str, Scores]) -> bytes:
     figure, axes = _figure(11, 1.4 + 0.38 * len(agents), len(parts), sharey=True)
     for axis, (part, scores) in zip(axes, parts.items(), strict=True):
         for place, agent in enumerate(agents):
-            value = scores.score(agent)
+            value = scores.score[agent]
             colour = COLOURS[0] if part == "unseen" else COLOURS[1]
             ends, runs = [value["low"], value["high"]], scores.runs(agent)
             axis.plot(ends, [place, place], color=colour, lw=6, alpha=0.35, solid_capstyle="butt")
@@ -67,7 +68,7 @@ def scores_picture(parts: Mapping[str, Scores]) -> bytes:
         axis.set_title(TITLES[part], fontsize=11)
         axis.set_xlabel("score: 0 best static mask (dotted), 1 reference gate (dashed)" if scores.scorable
                         else "gain in reward over the best static mask")  # fmt: skip
-        _clip(axis, [scores.score(agent) for agent in agents])
+        _clip(axis, [scores.score[agent] for agent in agents])
     axes[0].set_yticks(range(len(agents)), agents)
     return _png(figure)
 
@@ -99,12 +100,14 @@ def curves_picture(out: Path, env: str, agents: Sequence[str]) -> bytes:
                       ms=4, markevery=max(1, len(x) // 10), **look)  # fmt: skip
             if shown:
                 axis.fill_between(x, low, high, color=look["color"], alpha=0.15, lw=0)
-        tops.append(mean.max())
-        bottoms.append(mean[len(mean) // 4 :].min())
+        if shown:
+            tops.append(mean.max())
+            bottoms.append(mean[len(mean) // 4 :].min())
     for axis, label in zip(axes, ("environment steps", "seconds of learning"), strict=True):
         axis.axhline(0, color="#111827", lw=0.9, ls=":")
         axis.axhline(1, color="#111827", lw=0.9, ls="--")
         axis.set_xlabel(label)
+    axes[0].xaxis.set_major_formatter(EngFormatter())
     axes[0].set_ylabel("normalised score, validation users")
     if tops:
         span = max(*tops, 1.0) - min(*bottoms, 0.0)
@@ -152,13 +155,13 @@ def pairs_picture(scores: Scores) -> bytes:
     clear = np.zeros((size, size), dtype=bool)
     for i, one in enumerate(agents):
         for j, other in enumerate(agents):
-            if i == j or not set(scores.seeds[one]) & set(scores.seeds[other]):
+            if (one, other) not in scores.difference:
                 continue
-            value = scores.difference(one, other)
+            value = scores.difference[one, other]
             gain[i, j], clear[i, j] = value["mean"], value["low"] > 0 or value["high"] < 0
             better[i, j] = statistics.probability_of_improvement(scores.users(one), scores.users(other))[0]
     figure, axes = _figure(2.6 + 1.1 * size if size < 9 else 13, 1.8 + 0.45 * size, 2)
-    bound = float(np.quantile(np.abs(gain), 0.9)) or 1.0
+    bound = float(np.median(np.abs(gain[clear]))) if clear.any() else 1.0
     for axis, values, low, high, shown in (
         (axes[0], gain, -bound, bound, clear),
         (axes[1], better, 0.0, 1.0, ~np.eye(size, dtype=bool)),
@@ -169,8 +172,14 @@ def pairs_picture(scores: Scores) -> bytes:
         axis.set_yticks(range(size), agents, fontsize=8)
         for i, j in zip(*np.nonzero(shown), strict=True):
             dark = abs(values[i, j] - (low + high) / 2) > 0.35 * (high - low)
-            text = f"{values[i, j]:+.2f}" if low < 0 else f"{values[i, j]:.2f}"
+            text = f"{values[i, j]:.2f}" if low == 0 else _short(values[i, j])
             axis.text(j, i, text, ha="center", va="center", fontsize=7, color="white" if dark else "#111827")
     axes[0].set_title(f"difference of mean {scores.unit}s", fontsize=10)
     axes[1].set_title("probability of improvement", fontsize=10)
     return _png(figure)
+
+
+def _short(value: float) -> str:
+    """A signed number in four or five characters."""
+    size = abs(value)
+    return f"{value:+.2f}" if size < 1 else f"{value:+.1f}" if size < 10 else f"{value:+.0f}"

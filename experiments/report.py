@@ -61,8 +61,9 @@ def build_page(out: Path, grid: Mapping[str, Any], rows: Sequence[dict[str, Any]
         f"{len(grid['agents'])} agents, {len(grid['envs'])} environments, {grid['seeds']} seeds: {len(rows)} of "
         f"{cells} cells finished, {len(failed)} failed.",
         "Scores are normalised: 0 is the best static mask, chosen on training users; 1 is the reference gate, trained "
-        "together with the library (on planted instances the exact optimum). Brackets are 95 % bootstrap intervals: of "
-        "the interquartile mean (IQM) over seeds, of the mean and of differences over users and seeds.",
+        "together with the library (on planted instances the exact optimum). The oracle sees the answers and is no "
+        "contestant. Brackets are 95 % bootstrap intervals: of the interquartile mean (IQM) over seeds, of the mean "
+        "and of differences over users and seeds.",
         _winners(scores),
     ]
     if len(envs) > 1:
@@ -79,9 +80,9 @@ def _winners(scores: Mapping[str, Mapping[str, Scores]]) -> Table:
     rows = []
     for env, parts in scores.items():
         for part, own in parts.items():
-            best = own.agents[0]
-            rows.append([env, TITLES[part], best, cell(own.score(best)), str(len(own.inputs)), str(own.inputs.sum())])
-    return Table(["environment", "on", "highest mean", "score", "users", "inputs"], rows)
+            best = (own.contestants or own.agents)[0]
+            rows.append([env, TITLES[part], best, cell(own.score[best]), str(len(own.inputs)), str(own.inputs.sum())])
+    return Table(["environment", "on", "best agent", "mean score", "users", "inputs"], rows)
 
 
 def _across(page: Page, scores: Mapping[str, Mapping[str, Scores]]) -> None:
@@ -115,7 +116,7 @@ def _environment(page: Page, out: Path, parts: Mapping[str, Scores], rows: Seque
     blocks = page.section(3, f"{env}: pictures")
     for name, (png, caption) in _pictures(out, parts).items():
         blocks.append(Picture(f"{env}-{name}.png", png, f"{env}: {caption}"))
-    if len(unseen.agents) > 1:
+    if len(unseen.contestants) > 1:
         page.section(3, f"{env}: the best agent against the others").append(_best_table(parts))
     doubts = page.section(3, f"{env}: what can't be concluded")
     for part, own in parts.items():
@@ -171,8 +172,8 @@ def _table(scores: Scores, rows: Sequence[dict[str, Any]]) -> Table:
                 agent,
                 str(len(own)),
                 cell(iqm[agent]),
-                cell(scores.score(agent)),
-                cell(scores.reward(agent), 4),
+                cell(scores.score[agent]),
+                cell(scores.reward[agent], 4),
                 f"{np.mean(regret):.4f}" if regret else "-",
                 f"{np.mean([p['density'] for p in part]):.3f}",
                 f"{np.mean([p['active_parameters'] for p in part]):,.0f}",
@@ -186,14 +187,13 @@ def _table(scores: Scores, rows: Sequence[dict[str, Any]]) -> Table:
 
 
 def _best_table(parts: Mapping[str, Scores]) -> Table:
-    best = parts["unseen"].agents[0]
+    best, *others = parts["unseen"].contestants
     lines = []
-    for other in parts["unseen"].agents[1:]:
+    for other in others:
         cells = [f"{best} - {other}"]
         for scores in parts.values():
-            comparable = other in scores.seeds and set(scores.seeds[best]) & set(scores.seeds[other])
-            cells.append(cell(scores.difference(best, other)) if comparable else "-")
-            cells.append(cell(scores.improvement(best, other), 2) if comparable else "-")
+            value = scores.difference.get((best, other))
+            cells += ["-", "-"] if value is None else [cell(value), cell(scores.improvement(best, other), 2)]
         lines.append(cells)
     columns = [f"{what}, {part}" for part in parts for what in ("difference", "probability of improvement")]
     return Table(["pair", *columns], lines)

@@ -13,12 +13,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import combinations
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from scipy.stats import trim_mean
 
 from dsa_gym.ladder import bootstrap, interval
 
@@ -104,6 +104,11 @@ class Scores:
         """Agents, the best first."""
         return sorted(self.rewards, key=lambda agent: -self.mean(self.rewards[agent]).mean())
 
+    @property
+    def contestants(self) -> list[str]:
+        """Agents that can be asked for a decision, the best first; the oracle sees the answers."""
+        return [agent for agent in self.agents if agent != "oracle"]
+
     def mean(self, rewards: Array) -> Array:
         """Mean over inputs of rewards (..., users)."""
         means: Array = np.average(rewards, axis=-1, weights=self.inputs)
@@ -135,35 +140,47 @@ class Scores:
         """Score of every run (seeds,)."""
         return self.mean(self.users(agent))
 
-    def _resample(self, values: Mapping[str, Array]) -> dict[str, Array]:
-        """Resampled means (samples,) of values (users,) or (seeds, users)."""
-        repeated = {name: np.repeat(value, self.inputs, axis=-1) for name, value in values.items()}
-        return bootstrap(repeated, np.repeat(np.arange(len(self.inputs)), self.inputs), samples=SAMPLES)
+    def _intervals(self, values: Mapping[Any, Array]) -> dict[Any, Interval]:
+        """Means of values (seeds, users), with their intervals over users and seeds."""
+        owner = np.repeat(np.arange(len(self.inputs)), self.inputs)
+        found: dict[Any, Interval] = {}
+        for count in {len(value) for value in values.values()}:  # one bootstrap for all that have as many seeds
+            own = {name: value for name, value in values.items() if len(value) == count}
+            repeated = {name: np.repeat(value, self.inputs, axis=1) for name, value in own.items()}
+            drawn = bootstrap(repeated, owner, samples=SAMPLES)
+            found |= {name: interval(float(self.mean(value).mean()), drawn[name]) for name, value in own.items()}
+        return found
 
-    def score(self, agent: str) -> Interval:
-        """Mean score, with its interval over users and seeds."""
-        drawn = self._resample({"agent": self.users(agent)})
-        return interval(float(self.runs(agent).mean()), drawn["agent"])
+    @cached_property
+    def score(self) -> dict[str, Interval]:
+        """Agent to its mean score, with its interval over users and seeds."""
+        return self._intervals({agent: self.users(agent) for agent in self.rewards})
 
-    def reward(self, agent: str) -> Interval:
-        """Mean reward, with its interval over users and seeds."""
-        drawn = self._resample({"agent": self.rewards[agent]})
-        return interval(float(self.mean(self.rewards[agent]).mean()), drawn["agent"])
+    @cached_property
+    def reward(self) -> dict[str, Interval]:
+        """Agent to its mean reward, with its interval over users and seeds."""
+        return self._intervals(self.rewards)
 
-    def difference(self, one: str, other: str) -> Interval:
-        """Mean score of one agent less that of another, paired on users and on the seeds that both have.
+    @cached_property
+    def difference(self) -> dict[tuple[str, str], Interval]:
+        """Pair of agents to the mean score of the first less that of the second, with its interval.
 
-        Raises:
-            ValueError: If they have no seed in common.
+        Paired on users and on the seeds that both have; pairs that have none in common are left out.
         """
-        common = sorted(set(self.seeds[one]) & set(self.seeds[other]))
-        if not common:
-            raise ValueError(f"{self.env}: {one} and {other} have no seed in common")
-        first, second = (
-            self.users(agent)[[self.seeds[agent].index(seed) for seed in common]] for agent in (one, other)
-        )
-        drawn = self._resample({"difference": first - second})
-        return interval(float(self.mean(first - second).mean()), drawn["difference"])
+        values = {}
+        for one, other in combinations(self.rewards, 2):
+            common = sorted(set(self.seeds[one]) & set(self.seeds[other]))
+            if common:
+                first, second = (
+                    self.users(agent)[[self.seeds[agent].index(seed) for seed in common]] for agent in (one, other)
+                )
+                values[one, other] = first - second
+        found = self._intervals(values)
+        turned = {
+            (other, one): {"mean": -value["mean"], "low": -value["high"], "high": -value["low"]}
+            for (one, other), value in found.items()
+        }
+        return found | turned
 
     def improvement(self, one: str, other: str) -> Interval:
         """Probability that a run of one agent serves a user better than a run of another, averaged over users."""
@@ -188,14 +205,21 @@ class Scores:
 
 def interquartile_mean(scores: Mapping[str, Array]) -> dict[str, Interval]:
     """Interquartile means of scores (seeds, environments), with stratified bootstrap intervals over seeds."""
-    found = estimates(scores, lambda runs: np.atleast_1d(trim_mean(runs, 0.25, axis=None)))
+    found = estimates(scores, lambda runs: middle_mean(runs.reshape(-1, 1)))
     return {agent: values[0] for agent, values in found.items()}
+
+
+def middle_mean(values: Array) -> Array:
+    """Mean of the middle half of each column of values (n, columns): ``rliable.metrics.aggregate_iqm``, but quick."""
+    cut = len(values) // 4
+    means: Array = np.sort(values, axis=0)[cut : len(values) - cut].mean(0)
+    return means
 
 
 def learning_curve(scores: Array) -> tuple[Array, Array, Array]:
     """Interquartile mean of scores (seeds, evaluations) at each evaluation, with the interval's low and high end."""
     found = estimates(
-        {"agent": scores[:, None]}, lambda runs: trim_mean(runs.reshape(-1, runs.shape[-1]), 0.25), SAMPLES // 4
+        {"agent": scores[:, None]}, lambda runs: middle_mean(runs.reshape(-1, runs.shape[-1])), SAMPLES // 4
     )
     values = [[value[name] for value in found["agent"]] for name in ("mean", "low", "high")]
     mean, low, high = (np.asarray(value) for value in values)
@@ -262,21 +286,20 @@ def doubts(scores: Scores) -> list[str]:
         found.append(
             f"{_names(few)}: fewer than {FEWEST_SEEDS} seeds, so how much a result owes to its seed is not known."
         )
-    agents = scores.agents
+    agents = scores.contestants
     for place, agent in enumerate(agents[:-1]):
         level = [other for other in agents[place + 1 :] if _undecided(scores, agent, other)]
         if level:
             found.append(f"{agent} can't be told from {_names(level)}: the interval of the difference contains zero.")
-    below = [agent for agent in agents if agent != "static" and _within(scores.score(agent), 0.0)]
+    below = [agent for agent in agents if agent != "static" and _within(scores.score[agent], 0.0)]
     if below:
         found.append(f"{_names(below)}: can't be told from the best static mask.")
     return found
 
 
 def _undecided(scores: Scores, one: str, other: str) -> bool:
-    if not set(scores.seeds[one]) & set(scores.seeds[other]):
-        return True
-    return _within(scores.difference(one, other), 0.0)
+    value = scores.difference.get((one, other))
+    return value is None or _within(value, 0.0)
 
 
 def _within(value: Interval, number: float) -> bool:
