@@ -39,14 +39,14 @@ class MaskedBernoulliDistribution(MaskableDistribution):
 
     def __init__(self, gates: int) -> None:
         """Make a distribution of ``gates`` gates."""
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.gates = gates
 
-    def proba_distribution_net(self, latent_dim: int) -> nn.Module:  # type: ignore[override]
+    def proba_distribution_net(self, latent_dim: int) -> nn.Module:
         """The layer that gives the logits: one for each gate."""
         return nn.Linear(latent_dim, self.gates)
 
-    def proba_distribution(self, action_logits: Tensor) -> MaskedBernoulliDistribution:  # type: ignore[override]
+    def proba_distribution(self, action_logits: Tensor) -> MaskedBernoulliDistribution:
         """Take logits (rows, n); all gates are free."""
         self._given = self.logits = action_logits.view(-1, self.gates)
         self._forced: Tensor | None = None
@@ -101,11 +101,11 @@ class MaskedBernoulliDistribution(MaskableDistribution):
         """The likeliest gates (rows, n); off where both are as likely."""
         return (self.logits > 0).to(self.logits.dtype)
 
-    def actions_from_params(self, action_logits: Tensor, deterministic: bool = False) -> Tensor:  # type: ignore[override]
+    def actions_from_params(self, action_logits: Tensor, deterministic: bool = False) -> Tensor:
         """Gates (rows, n) of logits, all of them free."""
         return self.proba_distribution(action_logits).get_actions(deterministic=deterministic)
 
-    def log_prob_from_params(self, action_logits: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def log_prob_from_params(self, action_logits: Tensor) -> tuple[Tensor, Tensor]:
         """Gates (rows, n) drawn of logits, all of them free, and their log-probability (rows,)."""
         actions = self.actions_from_params(action_logits)
         return actions, self.log_prob(actions)
@@ -136,7 +136,7 @@ class MaskedBernoulliPolicy(MaskableActorCriticPolicy):
 class _AnyWidth:
     """Makes room for masks of the width of the first that it is given."""
 
-    action_masks: NDArray[np.float32]
+    action_masks: NDArray[Any]
     mask_dims: int
     pos: int
 

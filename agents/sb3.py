@@ -108,7 +108,8 @@ class TrainingView(VecEnvWrapper):
         if not self._noise:
             return flat
         noise = self._generator.normal(0.0, self._noise, flat.shape).astype(np.float32)
-        return np.clip(flat + noise, self._low, self._high)
+        clipped: NDArray[np.float32] = np.clip(flat + noise, self._low, self._high)
+        return clipped
 
 
 class Forward(KVWriter):
