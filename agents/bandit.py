@@ -184,10 +184,17 @@ def centred(gates: Tensor) -> Tensor:
     return with_one(gates.float() - 0.5)
 
 
+PRODUCTS = 2**22
+"""Products of features that are held at once, 32 MiB."""
+
+
 def second_moments(z: Tensor, times: Tensor) -> Tensor:
     """Sum of z z' over features (rows, d), each row taken ``times`` (rows, G + 1): float64 (G + 1, d, d)."""
-    z = z.double()
-    return (times.T[:, :, None] * z).transpose(1, 2) @ z
+    size = z.shape[1]
+    total, rows = torch.zeros(times.shape[1], size * size, dtype=torch.float64), max(1, PRODUCTS // size**2)
+    for part, count in zip(z.double().split(rows), times.double().split(rows), strict=True):
+        total.addmm_(count.T, (part[:, :, None] * part[:, None]).flatten(1))
+    return total.view(-1, size, size)
 
 
 Parts = tuple[Tensor, Tensor]

@@ -40,7 +40,8 @@ def test_second_moments() -> None:
 def test_fit_is_the_ridge_regression(planted: Any, planted_env: Any) -> None:
     """Weights and offsets against the normal equations written out, and deviations against inverses."""
     problem = planted(0, users=4, each=3, gates=3)
-    agent: Any = make_agent("linucb", planted_env(problem), 0, batch_size=64, iterations=500, interactions=False)
+    settings = {"batch_size": 64, "iterations": 500, "interactions": False, "ridge": 1.0, "offset_ridge": 1.0}
+    agent: Any = make_agent("linucb", planted_env(problem), 0, **settings)
     agent.learn(64)
     z = agent.features(*(torch.from_numpy(problem.observations[name]) for name in ("user", "context")))
     inputs, rewards = agent.tried["inputs"], agent.tried["rewards"].double()
