@@ -58,7 +58,8 @@ def best_static(problem: Problem, *, sample: int = 256, seed: int = 0) -> Bits:
         seed: Seeds the sample.
     """
     if isinstance(problem, PlantedProblem):
-        return problem.best_masks(np.zeros(len(problem), np.int64))[0]
+        best_of_all: Bits = problem.best_masks(np.zeros(len(problem), np.int64))[0]
+        return best_of_all
     if exhaustive(problem):
         best: Bits = _all(problem)[mask_table(problem).mean(0).argmax()]
         return best

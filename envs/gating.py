@@ -147,7 +147,8 @@ def _share_on(problem: GatingProblem, gates: NDArray[np.uint8]) -> NDArray[np.fl
 
     shape = problem.bundle.shape
     shares = problem.space.component_shares(torch.from_numpy(gates[None]).float())[0]  # (sites, rank)
-    return shares.unflatten(1, (shape.pathways, -1)).mean(-1).numpy()
+    on: NDArray[np.float32] = shares.unflatten(1, (shape.pathways, -1)).mean(-1).numpy()
+    return on
 
 
 def _gates_text(gates: NDArray[np.uint8] | None, granularity: str) -> str:

@@ -113,7 +113,8 @@ class ModelPolicy:
         """Deterministic decisions for all inputs of a split, (n, G)."""
         actions = self._model.predict(self._seen(scorer.observations), deterministic=True)[0]
         if self._masks is not None:
-            return self._masks[actions].astype(np.uint8)
+            numbered: Bits = self._masks[actions].astype(np.uint8)
+            return numbered
         return np.asarray(actions > 0).astype(np.uint8)
 
     @torch.inference_mode()

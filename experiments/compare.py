@@ -275,7 +275,8 @@ def local(tasks: Sequence[Task], workers: int) -> Outcomes:
     context: Any = multiprocessing.get_context(method)
     if method == "forkserver":
         context.set_forkserver_preload(["dsa_gym.experiments.compare"])  # imports are paid for once
-    waiting, running = list(tasks), {}
+    waiting = list(tasks)
+    running: dict[Any, tuple[Any, Task]] = {}
     try:
         while waiting or running:
             while waiting and len(running) < workers:
@@ -284,7 +285,7 @@ def local(tasks: Sequence[Task], workers: int) -> Outcomes:
                 process.start()
                 running[process.sentinel] = (process, task)
             for sentinel in wait(list(running), timeout=1):
-                process, task = running.pop(sentinel)  # type: ignore[call-overload]
+                process, task = running.pop(sentinel)
                 process.join()
                 yield task, _outcome(task, process.exitcode)
             yield None

@@ -69,7 +69,7 @@ def masked_bench(
     allowed = np.sort(np.random.default_rng(seed).permutation(gates)[: (gates + 1) // 2]).tolist()
     settings: dict[str, Any] = {
         "n_steps": n_steps,
-        "batch_size": 64,
+        "batch_size": min(64, num_envs * n_steps),
         "n_epochs": 4,
         "gamma": 0.0,
         "seed": seed,

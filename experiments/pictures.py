@@ -133,7 +133,8 @@ def profiles_picture(parts: Mapping[str, Scores]) -> bytes:
     figure, axes = _figure(11, 4.4, len(parts), sharey=True)
     for axis, (part, scores) in zip(axes, parts.items(), strict=True):
         best = np.concatenate([scores.users(agent).ravel() for agent in scores.agents[:MOST_CURVES]])
-        levels = np.linspace(*np.quantile(best, [0.02, 0.98]), 81)
+        least, most = np.quantile(best, [0.02, 0.98]).tolist()
+        levels = np.linspace(least, most, 81)
         for place, (agent, (share, low, high)) in enumerate(scores.profiles(levels).items()):
             shown = place < MOST_CURVES
             look = _look(place) if shown else {"color": "#9ca3af", "lw": 0.8}

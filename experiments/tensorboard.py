@@ -144,12 +144,12 @@ class PolicyLog:
         # the dashboard shows the first few: what runs are compared by
         names = sorted(scores, key=lambda name: (not name.endswith("normalized_score"), not name.startswith("unseen")))
         for summary in hparams(plain, {name: scores[name] for name in names}):
-            self._writer.file_writer.add_summary(summary)  # type: ignore[union-attr]  # open until close()
+            self._writer._get_file_writer().add_summary(summary)
         self._writer.close()
 
     def _gains(self, decisions: dict[str, Bits]) -> dict[str, float]:
         """Gain over the best static mask, with its 95 % interval over users."""
-        gains = {}
+        gains: dict[str, float] = {}
         for name, problem in self._monitor.problems.items():
             gain = problem.rewards(np.arange(len(problem)), decisions[name]) - self._static[name]
             drawn = bootstrap({"gain": gain}, problem.user.numpy(), samples=500)["gain"]
@@ -365,7 +365,9 @@ def mask_name(mask: Bits) -> str:
     return f"{len(on)} gates, {hashlib.sha256(mask.tobytes()).hexdigest()[:6]}"
 
 
-def write_projector(folder: Path, embeddings: NDArray[np.float32], rows: list[tuple[str, ...]], masks: Bits) -> None:
+def write_projector(
+    folder: Path, embeddings: NDArray[np.float32], rows: Sequence[tuple[str, ...]], masks: Bits
+) -> None:
     """Write users for TensorBoard's projector, in the place of those that are there.
 
     Args:
