@@ -174,7 +174,15 @@ def pairs_picture(scores: Scores) -> bytes:
         for i, j in zip(*np.nonzero(shown), strict=True):
             dark = abs(values[i, j] - (low + high) / 2) > 0.35 * (high - low)
             text = f"{values[i, j]:.2f}" if low == 0 else _short(values[i, j])
-            axis.text(j, i, text, ha="center", va="center", fontsize=7, color="white" if dark else "#111827")
+            axis.text(
+                j,
+                i,
+                text,
+                ha="center",
+                va="center",
+                fontsize=7 if size < 12 else 6,
+                color="white" if dark else "#111827",
+            )
     axes[0].set_title(f"difference of mean {scores.unit}s", fontsize=10)
     axes[1].set_title("probability of improvement", fontsize=10)
     return _png(figure)
