@@ -184,6 +184,7 @@ def test_killed_and_continued(
     assert set(range(128, 4097, 128)) == set(shown)
 
 
+@pytest.mark.slow  # a search of the best static mask through the model for each of four runs
 @pytest.mark.parametrize("agent", ["ppo", "sac"])
 def test_resumed_run_on_computed_losses(
     agent: str, bundle_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quiet_log: Any
