@@ -47,7 +47,7 @@ class BanditAgent(LogitAgent):
     def __init__(self, env: Any, seed: int = 0, **config: Any) -> None:
         """Know nothing."""
         super().__init__(env, seed, **config)
-        self._steps, size = 0, self.feature_count
+        size = self.feature_count
         self.weights = torch.zeros(self.gates + 1, size)
         self.gram = torch.zeros(self.gates + 1, size, size, dtype=torch.float64)
         self.offsets = torch.zeros(0)
@@ -77,11 +77,6 @@ class BanditAgent(LogitAgent):
             generator: Draws everything random.
         """
 
-    @property
-    def steps(self) -> int:
-        """Rewards asked for so far."""
-        return self._steps
-
     def learn(self, steps: int, on_update: OnUpdate | None = None) -> None:
         """Try masks and refit until ``steps`` more have been scored.
 
@@ -93,8 +88,7 @@ class BanditAgent(LogitAgent):
         if not len(self.offsets):
             self.offsets = torch.zeros(len(scorer))
         while self._steps < last:
-            # one generator per batch: a resumed run draws what the uninterrupted one does
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self._steps)
+            generator = self._generator()
             inputs = torch.randint(len(scorer), (self.config["batch_size"],), generator=generator)
             with torch.no_grad():
                 z = self.features(*(values[inputs] for values in observed))

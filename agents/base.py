@@ -124,6 +124,7 @@ class Agent(ABC):
     acts_on: ClassVar[str] = "binary"
     minimum: ClassVar[dict[str, float]] = {}
     """Least value of each numeric setting that has one."""
+    _steps = 0
 
     def __init__(self, env: Any, seed: int = 0, **config: Any) -> None:
         """Check the spaces and merge ``config`` into the tuned defaults.
@@ -233,8 +234,12 @@ class Agent(ABC):
 
     @property
     def steps(self) -> int:
-        """Environment steps learned so far."""
-        return 0
+        """Environment steps learned so far; a loss or a reward that was asked for beside them counts as one."""
+        return self._steps
+
+    def _generator(self) -> torch.Generator:
+        """What draws in the next update, by seed and steps: a resumed run draws what the uninterrupted one does."""
+        return torch.Generator().manual_seed(self.seed * 1_000_003 + self._steps)
 
     def save(self, folder: Path) -> None:
         """Write ``agent.json`` and ``agent.safetensors``; neither can run code when it is loaded."""
@@ -302,12 +307,6 @@ class NetworkAgent(LogitAgent):
 
     network: nn.Module
     optimizer: torch.optim.Optimizer
-    _steps = 0
-
-    @property
-    def steps(self) -> int:
-        """Losses or rewards asked for so far."""
-        return self._steps
 
     def state(self) -> dict[str, Tensor]:
         """Network, optimiser and step count."""

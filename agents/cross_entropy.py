@@ -38,13 +38,7 @@ class CrossEntropyAgent(MaskAgent):
             raise ValueError(f"elite={self.config['elite']}: expected a share in (0, 1]")
         if not 0 <= self.config["smoothing"] < 1:
             raise ValueError(f"smoothing={self.config['smoothing']}: expected a weight in [0, 1)")
-        self._steps = 0
         self.probability: Probabilities = np.full(self.gates, 0.5)
-
-    @property
-    def steps(self) -> int:
-        """Rewards asked for in training so far."""
-        return self._steps
 
     def learn(self, steps: int, on_update: OnUpdate | None = None) -> None:
         """Iterate until ``steps`` more rewards have been asked for; there is nothing to learn if users have their own.

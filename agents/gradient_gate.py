@@ -55,8 +55,8 @@ class GradientGateAgent(NetworkAgent):
         prices = torch.as_tensor(scorer.l0_penalty * scorer.active_parameters(np.eye(self.gates, dtype=np.uint8)))
         observed = {name: torch.from_numpy(value) for name, value in scorer.observations.items()}
         while self._steps < last:
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self._steps)
-            torch.manual_seed(self.seed * 1_000_003 + self._steps)
+            generator = self._generator()
+            torch.manual_seed(generator.initial_seed())
             inputs = torch.randint(len(scorer), (size,), generator=generator)
             self.network.train()
             logits = self.network(observed["user"][inputs], observed["context"][inputs])

@@ -23,6 +23,8 @@ from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
 from stable_baselines3.common.torch_layers import CombinedExtractor
 from torch import Tensor, nn
 
+from dsa_gym.agents.policy_gradient import bernoulli_entropy
+
 Masks = NDArray[Any] | Tensor | None
 
 
@@ -88,9 +90,8 @@ class MaskedBernoulliDistribution(MaskableDistribution):
         return nn.functional.logsigmoid(torch.where(on, self.logits, -self.logits)).sum(1)
 
     def entropy(self) -> Tensor:
-        """Entropy (rows,) in nats: the sum of ``softplus(theta) - theta sigmoid(theta)`` over gates that are free."""
-        theta = self._given
-        each = nn.functional.softplus(theta) - theta * torch.sigmoid(theta)
+        """Entropy (rows,) in nats: the sum over gates that are free."""
+        each = bernoulli_entropy(self._given)
         return (each if self._forced is None else each.masked_fill(self._forced, 0.0)).sum(1)
 
     def sample(self) -> Tensor:

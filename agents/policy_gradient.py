@@ -90,8 +90,7 @@ class PolicyGradientAgent(NetworkAgent):
         scorer, last = self.scorer, self._steps + steps
         everything = torch.cat([torch.from_numpy(scorer.observations[name]) for name in self._names], dim=1)
         while self._steps < last:
-            # one generator per update: a resumed run draws what the uninterrupted one does
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self._steps)
+            generator = self._generator()
             inputs = torch.randint(len(scorer), (self.config["batch_size"],), generator=generator)
             noise = self.config["observation_noise"] * torch.randn(
                 len(inputs), everything.shape[1], generator=generator

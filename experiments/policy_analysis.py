@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import entr, kl_div
 
 from dsa_gym.problem import Bits
 
@@ -19,18 +20,12 @@ Floats = NDArray[np.float64]
 
 def bernoulli_entropy(p: Floats) -> Floats:
     """Entropy of Bernoulli gates, elementwise, for p in [0, 1]."""
-    return _surprise(p) + _surprise(1 - p)
-
-
-def _surprise(p: Floats) -> Floats:
-    """``-p log p``, which is 0 at 0."""
-    return -p * np.log(np.where(p > 0, p, 1.0))
+    return np.asarray(entr(p) + entr(1 - p))
 
 
 def bernoulli_kl(p: Floats, q: Floats) -> Floats:
-    """``KL(p || q)`` of Bernoulli gates, elementwise, for p and q in (0, 1)."""
-    divergence = p * np.log(p / q) + (1 - p) * np.log((1 - p) / (1 - q))
-    return np.maximum(divergence, 0.0)  # rounding can take it below zero
+    """``KL(p || q)`` of Bernoulli gates, elementwise, for p and q in [0, 1]."""
+    return np.asarray(kl_div(p, q) + kl_div(1 - p, 1 - q))
 
 
 class Information(NamedTuple):
@@ -131,7 +126,7 @@ def diversity(masks: Bits) -> Diversity:
     on = masks.sum(0, dtype=np.int64)
     pairs = n * (n - 1) / 2
     hamming = float((on * (n - on)).sum() / pairs) if pairs else 0.0
-    return Diversity(len(counts), float(_surprise(counts / n).sum()), hamming)
+    return Diversity(len(counts), float(entr(counts / n).sum()), hamming)
 
 
 class UserMasks(NamedTuple):

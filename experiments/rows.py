@@ -18,7 +18,6 @@ import numpy as np
 import pandas as pd
 
 from dsa_gym import storage
-from dsa_gym.agents.base import zoo_defaults
 from dsa_gym.experiments.train import TrainConfig, load_run, read_manifest
 from dsa_gym.ladder import normalised_score
 from dsa_gym.problem import Bits
@@ -148,7 +147,7 @@ def command(config: TrainConfig) -> str:
     for name in names:
         if getattr(config, name) != getattr(TrainConfig, name):
             words += [f"--{name.replace('_', '-')}", str(getattr(config, name))]
-    tuned = zoo_defaults(config.agent, config.env.replace("Table", ""))
+    tuned = config.tuned
     changed = {name: value for name, value in (config.settings or {}).items() if tuned.get(name) != value}
     for option, values in (("--set", changed), ("--env-set", config.env_settings)):
         if values:

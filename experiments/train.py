@@ -144,6 +144,16 @@ class TrainConfig:
         named = {name: value for name in self._takes if (value := getattr(self, name)) is not None}
         return {**named, **self.env_settings}
 
+    @property
+    def tuned_on(self) -> str:
+        """Id of the environment whose tuned settings apply: a table is the same problem, looked up."""
+        return self.env.replace("Table", "")
+
+    @property
+    def tuned(self) -> dict[str, Any]:
+        """The agent's settings from the zoo."""
+        return zoo_defaults(self.agent, self.tuned_on)
+
     def make_agent(self, split: str = "train") -> Agent:
         """The untrained agent with its environments.
 
@@ -154,8 +164,7 @@ class TrainConfig:
         env = make_sb3_vec_env(self.env, self.num_envs, wrapper=wrapper, split=split, **self.env_arguments)
         env.seed(self.seed)
         env.reset()
-        tuned = zoo_defaults(self.agent, self.env.replace("Table", ""))  # the same problem, looked up
-        return make_agent(self.agent, env, self.seed, **{**tuned, **(self.settings or {})})
+        return make_agent(self.agent, env, self.seed, **{**self.tuned, **(self.settings or {})})
 
 
 def train(config: TrainConfig, logdir: Path) -> Path:

@@ -97,11 +97,6 @@ class TuneConfig:
         if self.seed < 0:
             raise ValueError(f"seed={self.seed}: expected an integer >= 0")
 
-    @property
-    def problem(self) -> str:
-        """Id of the environment that the settings are for: a table is the same problem, looked up."""
-        return self.run.env.replace("Table", "")
-
     def training(self, settings: Mapping[str, Any]) -> list[TrainConfig]:
         """The runs of a trial, one for each seed."""
         every = -(-self.run.steps // min(self.evaluations, self.run.steps))
@@ -210,7 +205,7 @@ def _claim(config: TuneConfig, folder: Path, space: dict[str, Any], command: str
     path = folder / "study.json"
     if not path.is_file():
         encode(agent.config, space)
-        defaults = {"problem": config.problem, "defaults": agent.config, "command": command}
+        defaults = {"problem": config.run.tuned_on, "defaults": agent.config, "command": command}
         record = {**asked, **defaults, "versions": {**storage.versions(), "optuna": optuna_library().__version__}}
         storage.write_json(path, record)
         return record
