@@ -5,8 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 from sb3_contrib import QRDQN
+from sb3_contrib.qrdqn.policies import QRDQNPolicy, QuantileNetwork
 
-from dsa_gym.agents.sb3 import EpsilonGreedyAgent
+from dsa_gym.agents.numbered_masks import AdditiveValues, EpsilonGreedyAgent
+
+
+class _AdditivePolicy(QRDQNPolicy):
+    def make_quantile_net(self) -> QuantileNetwork:
+        network = super().make_quantile_net()
+        last, quantiles = network.quantile_net[-1], network.n_quantiles
+        gates = (last.out_features // quantiles).bit_length() - 1
+        network.quantile_net[-1] = AdditiveValues(last.in_features, gates, quantiles)
+        return network.to(self.device)
 
 
 class QRDQNAgent(EpsilonGreedyAgent):
@@ -14,6 +24,7 @@ class QRDQNAgent(EpsilonGreedyAgent):
 
     name = "qr_dqn"
     algorithm_class = QRDQN
+    additive_policy = _AdditivePolicy
     minimum = {**EpsilonGreedyAgent.minimum, "quantiles": 1}
 
     @property

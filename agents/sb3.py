@@ -394,26 +394,6 @@ class OffPolicyAgent(SB3Agent):
         self.buffer.load_state({k.removeprefix("buffer/"): v for k, v in tensors.items() if k.startswith("buffer/")})
 
 
-class EpsilonGreedyAgent(OffPolicyAgent):
-    """An off-policy agent of numbered masks that explores by random ones, ever fewer of them.
-
-    All environments explore at the same steps, as stable-baselines3 does it.
-    """
-
-    acts_on = "discrete"
-    minimum = {**OffPolicyAgent.minimum, "exploration_steps": 1, "final_exploration": 0}
-
-    def __init__(self, env: Any, seed: int = 0, **config: Any) -> None:
-        """Build the algorithm; raises as :class:`SB3Agent` does."""
-        super().__init__(env, seed, **config)
-        # by steps so far: by progress, as it is there, the share would rise again with every call of learn
-        self.model.exploration_schedule = lambda _: self._exploration()
-
-    def _exploration(self) -> float:
-        final, over = self.config["final_exploration"], self.config["exploration_steps"]
-        return float(max(final, 1 - (1 - final) * self.steps / over))
-
-
 class SoftActorCriticAgent(OffPolicyAgent):
     """Soft actor-critic and its relatives on relaxed masks."""
 
