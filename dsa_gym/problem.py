@@ -342,6 +342,11 @@ class GatingProblem:
             gates = self.bundle.space.refine(gate.decide(logits), self.space)
         return gates.to(torch.uint8).numpy()
 
+    @property
+    def written(self) -> bool:
+        """Whether the reward is of what the model writes, token by token, so that few masks can be scored."""
+        return self.reward_metric is not None and self.reward_metric in domain_class(self.bundle.domain).written_metrics
+
     def support(self) -> GatingProblem:
         """The problem over the support inputs of this split's users."""
         rows = self.bundle.rows("support")

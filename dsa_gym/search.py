@@ -30,8 +30,8 @@ def kind(problem: Problem) -> str:
 
 
 def exhaustive(problem: GatingProblem) -> bool:
-    """Whether every mask of the problem can be scored."""
-    return problem.gates <= EXHAUSTIVE_GATES
+    """Whether every mask of the problem can be scored: there are few, and the model need not write for each."""
+    return problem.gates <= EXHAUSTIVE_GATES and not problem.written
 
 
 def mask_table(problem: GatingProblem) -> NDArray[np.float64]:
@@ -49,12 +49,12 @@ def _all(problem: GatingProblem) -> Bits:
     return gates
 
 
-def best_static(problem: Problem, *, sample: int = 256, seed: int = 0) -> Bits:
+def best_static(problem: Problem, *, sample: int | None = None, seed: int = 0) -> Bits:
     """The mask with the best mean reward over a problem's inputs, (G,).
 
     Args:
         problem: The inputs to choose on (training users).
-        sample: Inputs that a greedy search scores.
+        sample: Inputs that a greedy search scores; None for 256, more of them where there are few gates.
         seed: Seeds the sample.
     """
     if isinstance(problem, PlantedProblem):
@@ -63,6 +63,7 @@ def best_static(problem: Problem, *, sample: int = 256, seed: int = 0) -> Bits:
     if exhaustive(problem):
         best: Bits = _all(problem)[mask_table(problem).mean(0).argmax()]
         return best
+    sample = max(256, 2**13 // problem.gates) if sample is None else sample
     inputs = np.random.default_rng(seed).permutation(len(problem))[:sample]
     found: Bits = greedy(problem, inputs, np.zeros(len(inputs), dtype=np.int64))[0]
     return found

@@ -36,6 +36,8 @@ class Domain(Protocol):
     """Default price of one active parameter, in that unit."""
     metrics: tuple[str, ...]
     """Task metrics of :meth:`metric`, each usable as a reward."""
+    written_metrics: tuple[str, ...]
+    """Those of what the model writes, token by token: many times as slow as a loss."""
     defaults: dict[str, Any]
     """Settings of a preparation that suit the domain, nested like the YAML of ``PrepareConfig``."""
 

@@ -81,6 +81,7 @@ class ImageDomain:
     unit = "squared error"
     l0_penalty: float = 1e-7  # everything of 32,768 parameters costs about 0.003
     metrics: tuple[str, ...] = ("psnr",)
+    written_metrics: tuple[str, ...] = ()
     defaults: dict[str, Any] = {
         "splits": {
             "min_examples": 10,

@@ -62,6 +62,7 @@ class RecommendationDomain:
     unit = "nats per item"
     l0_penalty = 3e-6  # everything of 16,384 parameters costs about 0.05 nats
     metrics = ("ndcg@10", "recall@10", "precision@10")
+    written_metrics = ()
     defaults: dict[str, Any] = {
         "domain": {"history": 8, "targets": 2},
         "splits": {

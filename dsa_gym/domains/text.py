@@ -25,7 +25,7 @@ class TextDomain:
     name = "text"
     unit = "nats per token"
     l0_penalty = 1.5e-6  # everything of 65,536 parameters costs about 0.1 nats
-    metrics = ("rougeL", "bleu")
+    metrics = written_metrics = ("rougeL", "bleu")
     defaults: dict[str, Any] = {}
 
     def __init__(self, tokenizer: Any, *, max_tokens: int = 32, prefix_tokens: int = 10, min_target: int = 4) -> None:
@@ -156,9 +156,12 @@ class TextDomain:
     def _continuations(self, model: nn.Module, examples: Examples) -> list[str]:
         """Greedy continuations of the prefixes, each as long as the true one."""
         tokens, length = examples["tokens"][:, : self.prefix_tokens].long(), examples["length"].tolist()
+        new, states = tokens, None
         for _ in range(max(length) - self.prefix_tokens):
-            logits = model(input_ids=tokens, use_cache=False, logits_to_keep=1).logits[:, -1]
-            tokens = torch.cat([tokens, logits.argmax(-1, keepdim=True)], dim=1)
+            out = model(input_ids=new, past_key_values=states, use_cache=True, logits_to_keep=1)
+            written, states = out.logits[:, -1].argmax(-1, keepdim=True), out.past_key_values
+            tokens = torch.cat([tokens, written], dim=1)
+            new = tokens if states is None else written  # not every model keeps keys and values
         return [
             self.tokenizer.decode(row[self.prefix_tokens : end], skip_special_tokens=True)
             for row, end in zip(tokens.tolist(), length, strict=True)

@@ -109,6 +109,8 @@ class TableProblem(GatingProblem):
     Every gate switches 100 parameters. It is its own support unless another problem is given.
     """
 
+    reward_metric = None
+
     def __init__(
         self,
         losses: np.ndarray,

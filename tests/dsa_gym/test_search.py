@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import product
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from dsa_gym import search
+from dsa_gym.bundle import Bundle
 from dsa_gym.problem import GatingProblem
 
 Make = Callable[..., GatingProblem]
@@ -109,3 +111,9 @@ def test_too_many_gates_to_search() -> None:
     problem: Any = SeparableProblem(2, 1025)
     with pytest.raises(ValueError, match=r"granularity='test': no search over 1,025 gates"):
         search.oracle(problem)
+
+
+def test_what_has_to_be_written_is_not_searched_exhaustively(bundle_folder: Path) -> None:
+    bundle = Bundle.open(bundle_folder)
+    assert search.kind(GatingProblem(bundle, "train")) == "exhaustive"
+    assert search.kind(GatingProblem(bundle, "train", reward_metric="rougeL")) == "greedy lower bound"

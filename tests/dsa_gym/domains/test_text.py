@@ -215,3 +215,19 @@ def test_to_device(examples: Examples) -> None:
     moved = to_device(examples, "cpu")
     assert moved.keys() == examples.keys()
     assert torch.equal(moved["tokens"], examples["tokens"])
+
+
+@pytest.mark.parametrize("keeps", [True, False], ids=["keys and values kept", "none kept"])
+def test_continuations_are_greedy(domain: TextDomain, examples: Examples, backbone_folder: Path, keeps: bool) -> None:
+    gpt2 = Backbone.load(backbone_folder).model
+
+    def model(past_key_values: object, use_cache: bool, **inputs: object) -> object:
+        return gpt2(past_key_values=past_key_values, use_cache=keeps, **inputs)  # type: ignore[operator]
+
+    written = domain._continuations(model, examples)  # type: ignore[arg-type]
+    for row, text in enumerate(written):
+        tokens = examples["tokens"][row, : domain.prefix_tokens].long()[None]
+        while tokens.shape[1] < int(examples["length"][row]):
+            logits = gpt2(input_ids=tokens).logits[:, -1]  # type: ignore[operator]
+            tokens = torch.cat([tokens, logits.argmax(-1, keepdim=True)], dim=1)
+        assert text == domain.tokenizer.decode(tokens[0, domain.prefix_tokens :], skip_special_tokens=True)
