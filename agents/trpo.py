@@ -17,7 +17,7 @@ class TRPOAgent(OnPolicyAgent):
 
     name = "trpo"
     algorithm_class = TRPO
-    minimum = {**OnPolicyAgent.minimum, "batch_size": 2, "critic_updates": 1, "gate_kl": 1e-12}
+    minimum = {**OnPolicyAgent.minimum, "batch_size": 2, "critic_updates": 1, "damping": 0, "gate_kl": 1e-12}
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -26,5 +26,6 @@ class TRPOAgent(OnPolicyAgent):
             **super().arguments,
             "batch_size": min(self.config["batch_size"], self.rollout),
             "n_critic_updates": self.config["critic_updates"],
+            "cg_damping": self.config["damping"],
             "target_kl": self.config["gate_kl"] * self.gates,
         }

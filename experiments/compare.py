@@ -104,6 +104,11 @@ class Task:
     threads: int
 
 
+def _cores() -> int:
+    """Cores that this process may use, which a container or ``taskset`` can make fewer than there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 Outcomes = Generator[tuple[Task, str | None] | None, None, None]
 """Tasks as they end, each with its error or None; in between None, now and then."""
 
@@ -130,7 +135,7 @@ def compare(
     """
     if engine not in ENGINES:
         raise ValueError(f"engine={engine!r}: expected one of {', '.join(ENGINES)}")
-    cores = os.cpu_count() or 1
+    cores = _cores()
     workers = cores if workers is None else workers
     if workers < 1:
         raise ValueError(f"workers={workers}: expected a positive number")
