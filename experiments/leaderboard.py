@@ -58,7 +58,8 @@ def build_page(entries: Sequence[tuple[dict[str, Any], pd.DataFrame]]) -> Page:
     for row, users in entries:
         problems.setdefault(problem_name(row), []).append((row, users))
     for name, own in problems.items():
-        _problem(page, name, own)
+        bundle = own[0][0]["config"]["bundle"]
+        _problem(page, f"{name} (bundle {Path(bundle).name})" if bundle else name, own)
     return page
 
 

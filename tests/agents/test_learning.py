@@ -17,6 +17,25 @@ from dsa_gym.search import best_static
 
 STEPS = {
     "ppo": 65_536,
+    "maskable_ppo": 65_536,
+    "recurrent_ppo": 65_536,
+    "factored_ppo": 100_000,
+    "a2c": 400_000,
+    "trpo": 200_000,
+    "ars": 4_000_000,
+    "dqn": 32_768,
+    "qr_dqn": 32_768,
+    "sac": 40_960,
+    "td3": 40_960,
+    "tqc": 40_960,
+    "crossq": 40_960,
+    "rloo": 200_000,
+    "disarm": 150_000,
+    "counterfactual": 200_000,
+    "gumbel": 30_000,
+    "hard_concrete": 30_000,
+    "linucb": 6_144,
+    "neural_linear": 10_240,
 }
 """Environment steps with the tuned settings, about as few as are enough."""
 

@@ -148,7 +148,8 @@ def test_leaderboard(copied: Path, comparison: Path, tmp_path: Path) -> None:
     assert main(["leaderboard", str(comparison), "--out", str(path)]) == 0
     whole = path.read_text(encoding="utf-8")
     row = storage.read_json(comparison / CELL / "row.json")
-    assert f"## DSA-TextTable-v0, {row['fingerprint'][:12]}" in whole
+    name = Path(row["config"]["bundle"]).name
+    assert f"## DSA-TextTable-v0, {row['fingerprint'][:12]} (bundle {name})" in whole
     lines = [line for line in whole.splitlines() if line.startswith(("| rloo", "| static"))]
     assert [line.split(" | ")[1] for line in lines] == ["2", "2"]
     assert row["command"] in whole
