@@ -139,6 +139,16 @@ def test_a_grid_may_grow(small_grid: Grid, copied: Path, no_cells: list[Task]) -
     assert added == {"rloo/seed2", "static/seed2", "all/seed0", "all/seed1", "all/seed2"}
 
 
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="this system gives a process all cores")
+@pytest.mark.parametrize(("workers", "threads"), [(None, 1), (1, 3), (2, 1)])
+def test_cells_share_the_cores_that_the_process_may_use(
+    small_grid: Grid, copied: Path, no_cells: list[Task], monkeypatch: pytest.MonkeyPatch, workers: Any, threads: int
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 4, 5})
+    compare(replace(small_grid, seeds=3), copied, workers=workers)
+    assert [task.threads for task in no_cells] == [threads, threads]
+
+
 @pytest.mark.parametrize(
     ("change", "what"),
     [
