@@ -58,8 +58,8 @@ def build_page(out: Path, grid: Mapping[str, Any], rows: Sequence[dict[str, Any]
     cells = len(grid["envs"]) * len(grid["agents"]) * grid["seeds"]
     summary = page.section(2, "Summary")
     summary += [
-        f"{len(grid['agents'])} agents, {len(grid['envs'])} environments, {grid['seeds']} seeds: {len(rows)} of "
-        f"{cells} cells finished, {len(failed)} failed.",
+        f"Agents: {len(grid['agents'])}. Environments: {len(grid['envs'])}. Seeds: {grid['seeds']}. "
+        f"Cells: {cells}, of which finished {len(rows)}, failed {len(failed)}.",
         "Scores are normalised: 0 is the best static mask, chosen on training users; 1 is the reference gate, trained "
         "together with the library (on planted instances the exact optimum). The oracle sees the answers and is no "
         "contestant. Brackets are 95 % bootstrap intervals: of the interquartile mean (IQM) over seeds, of the mean "

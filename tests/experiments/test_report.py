@@ -74,7 +74,7 @@ def test_the_page_needs_nothing_else(written: Path) -> None:
 def test_what_it_says(written: Path, name: str) -> None:
     text = (written / name).read_text(encoding="utf-8")
     for said in (
-        "2 agents, 2 environments, 2 seeds: 7 of 8 cells finished, 1 failed.",
+        "Agents: 2. Environments: 2. Seeds: 2. Cells: 8, of which finished 7, failed 1.",
         "All environments together",
         "can't be concluded" if name.endswith("md") else "can&#x27;t be concluded",
         "fewer than 3 seeds",
