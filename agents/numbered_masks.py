@@ -35,7 +35,8 @@ class AdditiveValues(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Values (rows, values * 2^G) of features (rows, inputs)."""
-        return (self.linear(features).unflatten(1, self.shape) @ self.masks).flatten(1)
+        values: Tensor = self.linear(features).unflatten(1, self.shape) @ self.masks
+        return values.flatten(1)
 
 
 class EpsilonGreedyAgent(OffPolicyAgent):

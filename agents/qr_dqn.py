@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from sb3_contrib import QRDQN
 from sb3_contrib.qrdqn.policies import QRDQNPolicy, QuantileNetwork
+from torch import nn
 
 from dsa_gym.agents.numbered_masks import AdditiveValues, EpsilonGreedyAgent
 
@@ -13,7 +14,7 @@ from dsa_gym.agents.numbered_masks import AdditiveValues, EpsilonGreedyAgent
 class _AdditivePolicy(QRDQNPolicy):
     def make_quantile_net(self) -> QuantileNetwork:
         network = super().make_quantile_net()
-        last, quantiles = network.quantile_net[-1], network.n_quantiles
+        last, quantiles = cast(nn.Linear, network.quantile_net[-1]), network.n_quantiles
         gates = (last.out_features // quantiles).bit_length() - 1
         network.quantile_net[-1] = AdditiveValues(last.in_features, gates, quantiles)
         return network.to(self.device)
