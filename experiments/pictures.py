@@ -87,11 +87,12 @@ def _clip(axis: Any, values: Sequence[Interval]) -> None:
 def curves_picture(out: Path, env: str, agents: Sequence[str]) -> bytes:
     """Learning curves of a comparison's agents, the best ones first, against steps and against seconds."""
     figure, axes = _figure(11, 4.4, 2, sharey=True)
-    tops, bottoms = [], []
+    tops, bottoms, ends = [], [], []
     for place, agent in enumerate(agents):
         steps, seconds, scores = _curves(out, env, agent)
-        if scores.shape[1] < 2:  # it does not learn step by step
+        if not steps[-1]:  # it does not learn step by step
             continue
+        ends.append([steps[-1], seconds[-1]])
         mean, low, high = statistics.learning_curve(scores)
         shown = place < MOST_CURVES
         look = _look(place) if shown else {"color": "#9ca3af", "lw": 0.8}
@@ -103,7 +104,10 @@ def curves_picture(out: Path, env: str, agents: Sequence[str]) -> bytes:
         if shown:
             tops.append(mean.max())
             bottoms.append(mean[len(mean) // 4 :].min())
-    for axis, label in zip(axes, ("environment steps", "seconds of learning"), strict=True):
+    for place, label in enumerate(("environment steps", "seconds of learning")):
+        axis, last = axes[place], [end[place] for end in ends]
+        if last and max(last) > 30 * min(last):  # some would be a vertical line
+            axis.set_xscale("log")
         axis.axhline(0, color="#111827", lw=0.9, ls=":")
         axis.axhline(1, color="#111827", lw=0.9, ls="--")
         axis.set_xlabel(label)
