@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pandas as pd
 from dsa_gym import storage
 from dsa_gym.experiments import statistics
 from dsa_gym.experiments.document import Page, Table, cell
-from dsa_gym.experiments.rows import PARTS, read_row, read_users
+from dsa_gym.experiments.rows import PARTS, command, read_row, read_users
 from dsa_gym.experiments.statistics import Scores
 from dsa_gym.experiments.train import TrainConfig
 from dsa_gym.experiments.verify import verified
@@ -58,8 +59,8 @@ def build_page(entries: Sequence[tuple[dict[str, Any], pd.DataFrame]]) -> Page:
     for row, users in entries:
         problems.setdefault(problem_name(row), []).append((row, users))
     for name, own in problems.items():
-        bundle = own[0][0]["config"]["bundle"]
-        _problem(page, f"{name} (bundle {Path(bundle).name})" if bundle else name, own)
+        bundle = _named(TrainConfig(**own[0][0]["config"])).bundle
+        _problem(page, f"{name} (bundle {bundle})" if bundle else name, own)
     return page
 
 
@@ -124,5 +125,10 @@ def _problem(page: Page, name: str, entries: Sequence[tuple[dict[str, Any], pd.D
     blocks.append(Table(columns, lines))
     if found := statistics.doubts(unseen):
         blocks += ["What can't be concluded on unseen users:", found]
-    commands = [next(iter(of_entry[agent].values()))["command"] for agent in unseen.agents]
-    blocks += ["The first seed of each:", [f"`{command}`" for command in commands]]
+    first = [TrainConfig(**next(iter(of_entry[agent].values()))["config"]) for agent in unseen.agents]
+    blocks += ["The first seed of each:", [f"`{command(_named(config))}`" for config in first]]
+
+
+def _named(config: TrainConfig) -> TrainConfig:
+    """A run's configuration with its bundle's name in the place of where it was on some machine."""
+    return config if config.bundle is None else replace(config, bundle=Path(config.bundle).name)

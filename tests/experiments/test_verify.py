@@ -152,7 +152,8 @@ def test_leaderboard(copied: Path, comparison: Path, tmp_path: Path) -> None:
     assert f"## DSA-TextTable-v0, {row['fingerprint'][:12]} (bundle {name})" in whole
     lines = [line for line in whole.splitlines() if line.startswith(("| rloo", "| static"))]
     assert [line.split(" | ")[1] for line in lines] == ["2", "2"]
-    assert row["command"] in whole
+    assert row["command"].replace(row["config"]["bundle"], name) in whole
+    assert row["config"]["bundle"] not in whole, "where it was on this machine is nobody's business"
     # a row that can't be reproduced is not on it, and the same folder twice counts once
     edit(copied / CELL / "row.json", lambda row: row["unseen"].update(reward=0.0))
     refused = leaderboard([copied, copied], path)
