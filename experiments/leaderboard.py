@@ -12,11 +12,12 @@ import numpy as np
 import pandas as pd
 
 from dsa_gym import storage
+from dsa_gym.envs import ENVIRONMENTS
 from dsa_gym.experiments import statistics
 from dsa_gym.experiments.document import Page, Table, cell
 from dsa_gym.experiments.rows import PARTS, command, read_row, read_users
 from dsa_gym.experiments.statistics import Scores
-from dsa_gym.experiments.train import TrainConfig
+from dsa_gym.experiments.train import TAKES, TrainConfig
 from dsa_gym.experiments.verify import verified
 
 
@@ -59,8 +60,9 @@ def build_page(entries: Sequence[tuple[dict[str, Any], pd.DataFrame]]) -> Page:
     for row, users in entries:
         problems.setdefault(problem_name(row), []).append((row, users))
     for name, own in problems.items():
-        bundle = _named(TrainConfig(**own[0][0]["config"])).bundle
-        _problem(page, f"{name} (bundle {bundle})" if bundle else name, own)
+        config = _named(TrainConfig(**own[0][0]["config"]))
+        shipped = "shipped bundle" if "bundle" in TAKES[ENVIRONMENTS[config.env].classes] else "generated"
+        _problem(page, f"{name} ({f'bundle {config.bundle}' if config.bundle else shipped})", own)
     return page
 
 
