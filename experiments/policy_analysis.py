@@ -20,12 +20,14 @@ Floats = NDArray[np.float64]
 
 def bernoulli_entropy(p: Floats) -> Floats:
     """Entropy of Bernoulli gates, elementwise, for p in [0, 1]."""
-    return np.asarray(entr(p) + entr(1 - p))
+    entropy: Floats = entr(p) + entr(1 - p)
+    return entropy
 
 
 def bernoulli_kl(p: Floats, q: Floats) -> Floats:
     """``KL(p || q)`` of Bernoulli gates, elementwise, for p and q in [0, 1]."""
-    return np.asarray(kl_div(p, q) + kl_div(1 - p, 1 - q))
+    divergence: Floats = kl_div(p, q) + kl_div(1 - p, 1 - q)
+    return divergence
 
 
 class Information(NamedTuple):
