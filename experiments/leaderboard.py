@@ -12,12 +12,11 @@ import numpy as np
 import pandas as pd
 
 from dsa_gym import storage
-from dsa_gym.envs import ENVIRONMENTS
 from dsa_gym.experiments import statistics
 from dsa_gym.experiments.document import Page, Table, cell
 from dsa_gym.experiments.rows import PARTS, command, read_row, read_users
 from dsa_gym.experiments.statistics import Scores
-from dsa_gym.experiments.train import TAKES, TrainConfig
+from dsa_gym.experiments.train import TrainConfig
 from dsa_gym.experiments.verify import verified
 
 
@@ -61,7 +60,7 @@ def build_page(entries: Sequence[tuple[dict[str, Any], pd.DataFrame]]) -> Page:
         problems.setdefault(problem_name(row), []).append((row, users))
     for name, own in problems.items():
         config = _named(TrainConfig(**own[0][0]["config"]))
-        shipped = "shipped bundle" if "bundle" in TAKES[ENVIRONMENTS[config.env].classes] else "generated"
+        shipped = "shipped bundle" if "bundle" in config.takes else "generated"
         _problem(page, f"{name} ({f'bundle {config.bundle}' if config.bundle else shipped})", own)
     return page
 

@@ -114,7 +114,7 @@ class TrainConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: expected a positive integer")
         for name in TAKES["gating:Gating"]:
-            if name not in self._takes and getattr(self, name) != getattr(type(self), name):
+            if name not in self.takes and getattr(self, name) != getattr(type(self), name):
                 raise ValueError(f"{name}={getattr(self, name)!r}: {self.env} takes no {name}")
         own = {*TAKES["gating:Gating"], "split", "num_envs", "domain", "actions", "render_mode"}
         if taken := sorted(own & set(self.env_settings)):
@@ -126,7 +126,8 @@ class TrainConfig:
             )
 
     @property
-    def _takes(self) -> tuple[str, ...]:
+    def takes(self) -> tuple[str, ...]:
+        """What the environment takes of a configuration."""
         return TAKES[ENVIRONMENTS[self.env].classes]
 
     @property
@@ -141,7 +142,7 @@ class TrainConfig:
     @property
     def env_arguments(self) -> dict[str, Any]:
         """Arguments of the environment besides its split."""
-        named = {name: value for name in self._takes if (value := getattr(self, name)) is not None}
+        named = {name: value for name in self.takes if (value := getattr(self, name)) is not None}
         return {**named, **self.env_settings}
 
     @property
